@@ -1,0 +1,17 @@
+"""Fused Linear+ReLU for PyTorch, forward and backward, behind a drop-in ``torch.nn``.
+
+from fusedmlp import nn  # instead of: from torch import nn
+"""
+
+import pathlib as _pathlib
+
+# In a source checkout, and in an editable install of one, kernels/ lies beside this folder, not inside it.
+if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(_pathlib.Path(__file__).parent.parent))
+
+from fusedmlp import functional, nn
+from fusedmlp._dispatch import backend
+from fusedmlp._version import __version__
+from fusedmlp.nn import MLP, Linear, LinearReLU, Sequential
+
+__all__ = ["MLP", "Linear", "LinearReLU", "Sequential", "__version__", "backend", "functional", "nn"]

@@ -1,0 +1,108 @@
+"""What is here, does it compute rightly, and what would run for a given MLP: ``python -m fusedmlp``."""
+
+import argparse
+import importlib.metadata
+import platform
+
+import torch
+
+import fusedmlp
+from fusedmlp import _dispatch, nn
+from fusedmlp.functional import linear_relu, why_not_fused
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def versions() -> str:
+    triton = importlib.metadata.version("triton") if _dispatch.has_triton() else "absent"
+    return (
+        f"fusedmlp {fusedmlp.__version__}, torch {torch.__version__}, triton {triton}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def devices() -> str:
+    if not torch.cuda.is_available():
+        return f"no CUDA device; CPU with {torch.get_num_threads()} threads for torch"
+    lines = []
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        lines.append(
+            f"cuda:{i} {card.name}, compute capability {card.major}.{card.minor}, "
+            f"{card.multi_processor_count} multiprocessors, {card.total_memory / 2**30:.0f} GiB"
+        )
+    return "\n".join(lines)
+
+
+def worst_error(device: torch.device, dtype: torch.dtype, mode: _dispatch.Backend) -> float:
+    """Largest error of a layer's output and gradients against float64, in units of PyTorch's own."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((127, 784), (10, 784), (10,), (127, 10))
+    exact = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+    def results(dtype: torch.dtype, backend: _dispatch.Backend) -> list[torch.Tensor]:
+        x, weight, bias = (t.to(device, dtype, copy=True).requires_grad_() for t in exact[:3])
+        with fusedmlp.backend(backend):
+            y = linear_relu(x, weight, bias)
+        y.backward(exact[3].to(device, dtype))
+        return [t.detach().double() for t in (y, x.grad, weight.grad, bias.grad) if t is not None]
+
+    references = results(torch.float64, "torch")
+    worst = 0.0
+    for ours, torchs, right in zip(results(dtype, mode), results(dtype, "torch"), references, strict=True):
+        floor = torch.finfo(dtype).eps * right.abs().max() / 100
+        worst = max(worst, float((ours - right).abs().max() / ((torchs - right).abs().max() + floor)))
+    return worst
+
+
+def plan(widths: list[int], batch: int, device: torch.device, dtype: torch.dtype) -> str:
+    """One line a layer: what runs, and why."""
+    lines = []
+    model = nn.MLP(widths[0], widths[1:-1], widths[-1], device=device, dtype=dtype)
+    layers = [layer for layer in model if isinstance(layer, nn.Linear)]
+    for i, layer in enumerate(layers):
+        x = torch.empty(batch, layer.in_features, device=device, dtype=dtype)
+        relu = i < len(layers) - 1
+        reason = why_not_fused(x, layer.weight, layer.bias, relu=relu)
+        name = f"Linear({layer.in_features}, {layer.out_features})" + ("+ReLU" if relu else "")
+        lines.append(f"  {name:<26}" + ("Triton kernels" if reason is None else f"PyTorch: {reason}"))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedmlp",
+        description="Say what is installed, check a layer's output and gradients against float64, and show "
+        "what would run for an MLP of the given widths, and why.",
+        epilog="example: python -m fusedmlp --mlp 256 256 256 10 --batch 65536 --dtype bfloat16",
+    )
+    parser.add_argument(
+        "--mlp", type=int, nargs="+", default=[784, 256, 128, 10], metavar="WIDTH", help="in, hidden ..., out"
+    )
+    parser.add_argument("--batch", type=int, default=128, help="rows of the input (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    options = parser.parse_args()
+    if len(options.mlp) < 2 or min(options.mlp) < 1 or options.batch < 1:
+        parser.error("--mlp takes two widths or more, and every width and the batch are at least 1")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = DTYPES[options.dtype]
+
+    print(versions())
+    print(devices())
+    mode: _dispatch.Backend = "triton" if device.type == "cuda" and _dispatch.has_triton() else "auto"
+    error = worst_error(device, dtype, mode)
+    what = "Triton kernels" if mode == "triton" else "PyTorch's operators"
+    right = error <= 2
+    print(
+        f"self-check on {device}, {options.dtype}, {what}: worst error of the output and the gradients is "
+        f"{error:.2f} times PyTorch's own: {'right' if right else 'WRONG (2 is the most)'}"
+    )
+    widths = " -> ".join(map(str, options.mlp))
+    print(f"{options.batch} rows through {widths} in {options.dtype} on {device}:")
+    print(plan(options.mlp, options.batch, device, dtype))
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,144 @@
+"""All of ``torch.nn``, with ``Linear`` and ``Sequential`` replaced by fused ones, and two layers more.
+
+    from fusedmlp import nn  # instead of: from torch import nn
+
+The same parameters, initial values, ``state_dict`` keys and ``repr``: checkpoints go both ways.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+import torch
+import torch.nn
+from torch.nn import *  # noqa: F403  all of torch.nn, whatever its version has
+from torch.nn.modules.module import _has_any_global_hook
+
+from fusedmlp import functional as _functional
+
+
+class Linear(torch.nn.Linear):  # type: ignore[no-redef]  # it replaces torch's, which * brought
+    """``torch.nn.Linear``, alike in everything that can be seen.
+
+    input ``(..., in_features)``, output ``(..., out_features)``.
+
+    >>> Linear(4, 2)(torch.randn(8, 4)).shape
+    torch.Size([8, 2])
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _functional.linear(input, self.weight, self.bias)
+
+
+class LinearReLU(Linear):
+    """A Linear whose output goes through ReLU, in one kernel where there is one.
+
+    Arguments, parameters, initial values and keys of ``torch.nn.Linear``. Tools that replace a module
+    because it is a ``torch.nn.Linear`` may forget its ReLU: for those, write Linear and ReLU.
+
+    >>> bool((LinearReLU(4, 2)(torch.randn(8, 4)) >= 0).all())
+    True
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _functional.linear_relu(input, self.weight, self.bias)
+
+
+class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
+    """``torch.nn.Sequential`` that runs each Linear directly followed by a ReLU as one operation.
+
+    Only where nobody could notice: a hook on either, a subclass, a parametrization or a patched forward, and
+    the two run one after the other as in torch.
+
+    >>> Sequential(Linear(4, 3), ReLU(), Linear(3, 1))(torch.randn(8, 4)).shape
+    torch.Size([8, 1])
+    """
+
+    def forward(self, input: Any) -> Any:
+        # Proxies, wrappers and subclasses are somebody looking at the modules one by one.
+        if type(input) is not torch.Tensor or _has_any_global_hook():
+            return super().forward(input)  # type: ignore[no-untyped-call]
+        waiting: tuple[Any, ...] | None = None  # a Linear's parameters, till we know if a ReLU is behind it
+        for module in self._modules.values():
+            if waiting is not None:
+                if type(module) is torch.nn.ReLU and _unobserved(module):
+                    input = _functional.linear_relu(input, *waiting)
+                    waiting = None
+                    continue
+                input = _functional.linear(input, *waiting)
+                waiting = None
+            if type(module) in _LINEARS and _unobserved(module) and "weight" in module._parameters:
+                waiting = module._parameters["weight"], module._parameters["bias"]
+            else:
+                input = module(input)
+        return input if waiting is None else _functional.linear(input, *waiting)
+
+    @overload
+    def __getitem__(self, idx: slice) -> "Sequential": ...
+    @overload
+    def __getitem__(self, idx: int) -> torch.nn.Module: ...
+    def __getitem__(self, idx: slice | int) -> torch.nn.Module:
+        if isinstance(idx, slice):  # not self.__class__, whose __init__ may want other things
+            return Sequential(OrderedDict(list(self._modules.items())[idx]))
+        return super().__getitem__(idx)
+
+    def __add__(self, other: torch.nn.Sequential) -> "Sequential":
+        return Sequential(*super().__add__(other))
+
+    def __mul__(self, other: int) -> "Sequential":
+        return Sequential(*super().__mul__(other))
+
+
+class MLP(Sequential):
+    """Linear, ReLU, Linear, ReLU, ..., Linear: a Sequential, with its keys ``0.weight``, ``2.weight``, ...
+
+    in_features, the widths of the hidden layers (maybe none), out_features; bias, device and dtype as in
+    ``torch.nn.Linear``. Input ``(..., in_features)``, output ``(..., out_features)``.
+
+    >>> MLP(784, [256, 128], 10)(torch.randn(8, 784)).shape
+    torch.Size([8, 10])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: Sequence[int],
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if isinstance(hidden_features, int):
+            raise TypeError(f"hidden_features is a list of widths, such as [{hidden_features}], not an int")
+        layers: list[torch.nn.Module] = []
+        for width in hidden_features:
+            layers += [Linear(in_features, width, bias, device, dtype), torch.nn.ReLU()]
+            in_features = width
+        super().__init__(*layers, Linear(in_features, out_features, bias, device, dtype))
+
+
+_LINEARS = {torch.nn.Linear, Linear}
+_FORWARDS: dict[type[torch.nn.Module], Callable[..., torch.Tensor]] = {
+    kind: kind.forward for kind in (torch.nn.Linear, Linear, torch.nn.ReLU)
+}
+
+
+def _unobserved(module: torch.nn.Module) -> bool:
+    """Whether a call of this module is its class's own forward and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+        or type(module).forward is not _FORWARDS[type(module)]
+    )
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(torch.nn, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(torch.nn)})

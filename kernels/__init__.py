@@ -1,0 +1,20 @@
+"""Triton kernels for Linear and Linear+ReLU, and their launchers. Installed as ``fusedmlp.kernels``.
+
+Convention: ``x (M, K)``, ``weight (N, K)``, ``bias (N,)``, ``y (M, N)``; M rows (batch), K in features,
+N out features. A launcher checks nothing: ``fusedmlp._dispatch`` decides what may come here.
+"""
+
+if __name__ == "kernels":
+    raise ImportError(
+        "'kernels' is the source folder of fusedmlp's Triton kernels, not a package of its own: "
+        "use 'from fusedmlp import kernels'. If you meant another distribution named 'kernels', "
+        "run Python from outside the fusedmlp checkout."
+    )
+
+from ._launch import interpreting
+from .forward import linear_forward
+from .grad_input import grad_input
+from .grad_weight import grad_weight
+from .relu_backward import grad_bias, relu_backward
+
+__all__ = ["grad_bias", "grad_input", "grad_weight", "interpreting", "linear_forward", "relu_backward"]

@@ -1,0 +1,88 @@
+"""What the launchers share on the host: the device's limits, the right current device, the arithmetic."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from ._tiles import ITEMSIZE, Tile
+
+# Passed to every launch. Fused multiply-add is Triton's default up to 3.9; said here so that a release
+# that changes the default does not change the results.
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
+
+
+class Device(NamedTuple):
+    num_sms: int
+    shared_memory: int  # bytes one program may use
+
+
+@functools.cache
+def device_limits(index: int | None) -> Device:
+    """Limits of CUDA device ``index``; None is Triton's interpreter."""
+    if index is None:
+        # Few programs and large tiles: the interpreter pays per iteration, whatever the tile, and three
+        # programs make the persistent loops go round.
+        return Device(num_sms=3, shared_memory=232448)
+    properties = torch.cuda.get_device_properties(index)
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def limits_of(x: torch.Tensor) -> Device:
+    return device_limits(x.device.index if x.is_cuda else None)
+
+
+def programs(work: int, tile: Tile, kind: str, device: Device) -> int:
+    """Size of a persistent grid for ``work`` tiles: what the multiprocessors hold at one time, or less.
+
+    16 warps a multiprocessor leave each thread 128 registers, about what these kernels use.
+    """
+    by_memory = device.shared_memory // tile.shared_memory(ITEMSIZE[kind])
+    return min(work, device.num_sms * max(1, min(16 // tile.num_warps, by_memory)))
+
+
+def interpreting() -> bool:
+    """Whether these kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors too."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor, *args: Any, **meta: Any) -> None:
+    """Run ``kernel`` on x's device, which need not be the current one."""
+    run: Callable[..., Any] = kernel[grid]
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            run(*args, **meta, **COMPILE_OPTIONS)
+    else:
+        run(*args, **meta, **COMPILE_OPTIONS)
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """Which row of the tile table computes this dtype, following torch's float32 precision setting."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def precision_options(kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The constexprs that fix the arithmetic of a product."""
+    return {
+        "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "UPCAST": dtype == torch.bfloat16 and interpreting(),
+    }
+
+
+def is_regular(x: torch.Tensor, out_columns: int) -> bool:
+    """Whether a product may read x (2-D) in 16-byte pieces and count in 32 bits within a tile.
+
+    Its rows are contiguous and start on 16 bytes, and 256 rows, of x or of the output with out_columns, are
+    less than 2**31 elements.
+    """
+    pitch, step = x.stride()
+    return (
+        step == 1
+        and x.data_ptr() % 16 == 0
+        and pitch * x.element_size() % 16 == 0
+        and max(pitch, out_columns) < 2**22
+    )

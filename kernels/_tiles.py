@@ -1,0 +1,75 @@
+"""Which tile a product uses: a small explicit table and a pure function, testable without a GPU."""
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Sizes of one program's tile of C (R, C) = A (R, K) @ B (K, C), and how it is compiled."""
+
+    BLOCK_R: int
+    BLOCK_C: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+    def shared_memory(self, itemsize: int) -> int:
+        """Bytes of the operands' buffers in shared memory, the whole need of these kernels."""
+        return (self.BLOCK_R + self.BLOCK_C) * self.BLOCK_K * itemsize * self.num_stages
+
+
+# Largest first. Every entry is compiled for sm_80, sm_90 and sm_100 by tests/test_codegen.py and must have
+# its tensor-core instructions, no spills and no serialised wgmma on each, which larger tiles do not have.
+# All fit in 99 KB, the least shared memory of these chips (sm_86, sm_89, sm_120). None has been timed yet.
+TILES: dict[str, tuple[Tile, ...]] = {
+    "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
+    "tf32": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
+    "ieee": (Tile(64, 32, 32, 4, 3),),
+}
+
+# Operands whose rows do not start on 16 bytes cannot be copied asynchronously in 16-byte pieces: every
+# element passes through registers then, and only small tiles leave room for that.
+IRREGULAR: dict[str, Tile] = {
+    "half": Tile(64, 64, 32, 4, 3),
+    "tf32": Tile(64, 64, 32, 8, 3),
+    "ieee": Tile(64, 32, 16, 8, 3),
+}
+
+ITEMSIZE = {"half": 2, "tf32": 4, "ieee": 4}
+GROUP_R = 8
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def select_tile(rows: int, cols: int, kind: str, regular: bool, num_sms: int, most_splits: int = 1) -> Tile:
+    """The largest tile that the product half fills and that gives every multiprocessor work.
+
+    rows, cols: size of the product. kind: "half" (float16, bfloat16), "tf32" or "ieee" (float32).
+    regular: both operands are, see _launch.is_regular. most_splits: into how many parts at most each tile's
+    reduction may be cut.
+    """
+    if not regular:
+        return IRREGULAR[kind]
+    for tile in TILES[kind]:
+        half_filled = 2 * rows > tile.BLOCK_R and 2 * cols > tile.BLOCK_C
+        if half_filled and count_tiles(rows, cols, tile) * most_splits >= num_sms:
+            return tile
+    return TILES[kind][-1]
+
+
+def count_tiles(rows: int, cols: int, tile: Tile) -> int:
+    return cdiv(rows, tile.BLOCK_R) * cdiv(cols, tile.BLOCK_C)
+
+
+def most_splits(reduction: int) -> int:
+    """A part keeps at least 256 of the reduction, below which its float32 partial sums cost more than it."""
+    return max(1, reduction // 256)
+
+
+def select_splits(tiles: int, reduction: int, num_sms: int) -> int:
+    """Into how many parts to cut the reduction, so that few tiles still fill the chip.
+
+    Depends on sizes and chip alone, so that the same call adds in the same order, always.
+    """
+    return max(1, min(num_sms // tiles, most_splits(reduction)))

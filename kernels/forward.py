@@ -1,0 +1,91 @@
+"""Layer forward: ``y = x @ weight.T + bias``, with ReLU or without, in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._gemm import tile_position, tile_product, tile_range
+from ._launch import arithmetic, is_regular, launch, limits_of, precision_options, programs
+from ._tiles import GROUP_R, count_tiles, select_tile
+
+
+@triton.jit(do_not_specialize=["M"])
+def _linear_forward_kernel(
+    x_ptr,  # (M, K)
+    weight_ptr,  # (N, K)
+    bias_ptr,  # (N,) or None
+    y_ptr,  # (M, N), contiguous
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_b,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    # Persistent: one-tile programs are the ones in which ptxas serialises wgmma on sm_90.
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
+        first_m, offs_m, valid_m = tile_range(tile_m, BLOCK_M, M, WIDE)
+        first_n, offs_n, valid_n = tile_range(tile_n, BLOCK_N, N, WIDE)
+        acc = tile_product(
+            x_ptr + first_m * stride_xm, weight_ptr + first_n * stride_wn,
+            offs_m, offs_n, valid_m, valid_n, 0, K,
+            stride_xm, stride_xk, stride_wk, stride_wn,
+            BLOCK_M, BLOCK_N, BLOCK_K, INPUT_PRECISION, UPCAST,
+        )  # fmt: skip
+        # In two halves: with the bias beside all of acc, sm_100 runs out of registers.
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        y_rows = y_ptr + first_m * N + offs_m[:, None] * N
+        for half in tl.static_range(2):
+            first_n, offs_n, valid_n = tile_range(2 * tile_n + half, BLOCK_N // 2, N, WIDE)
+            y = left if half == 0 else right
+            if bias_ptr is not None:
+                bias = tl.load(bias_ptr + first_n * stride_b + offs_n * stride_b, mask=valid_n, other=0.0)
+                y += bias.to(tl.float32)[None, :]
+            if RELU:
+                # max() drops NaN unless told to keep it; torch.relu keeps it.
+                y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            y_tile = y_rows + first_n + offs_n[None, :]
+            tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=valid_m[:, None] & valid_n[None, :])
+
+
+def linear_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool
+) -> torch.Tensor:
+    """``x (M, K) @ weight.T (K, N) + bias (N,)``, then ReLU if asked: ``(M, N)``, contiguous.
+
+    float32, float16 or bfloat16, the same for all, any strides. Sums, bias and ReLU are in float32 and
+    rounded once; float32 products are IEEE unless torch's settings allow TF32. NaN stays NaN under ReLU.
+    """
+    M, K = x.shape
+    N = weight.shape[0]
+    y = x.new_empty(M, N)
+    if y.numel() == 0:
+        return y
+    device = limits_of(x)
+    kind = arithmetic(x.dtype)
+    regular = is_regular(x, N) and is_regular(weight, N)
+    tile = select_tile(M, N, kind, regular, device.num_sms)
+    tiles = count_tiles(M, N, tile)
+    launch(
+        _linear_forward_kernel, (programs(tiles, tile, kind, device),), x,
+        x, weight, bias, y, M, N, K,
+        x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), 1 if bias is None else bias.stride(0),
+        RELU=relu, WIDE=not regular,
+        BLOCK_M=tile.BLOCK_R, BLOCK_N=tile.BLOCK_C, BLOCK_K=tile.BLOCK_K, GROUP_M=GROUP_R,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **precision_options(kind, x.dtype),
+    )  # fmt: skip
+    return y

@@ -1,0 +1,33 @@
+"""Where kernels run: on the GPU if there is one, else in Triton's interpreter, else not at all."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and not torch.cuda.is_available():
+    # Before anything imports the kernels: Triton reads it when it decorates them.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+torch.set_num_threads(1)  # pytest-xdist uses the cores; and sums in one order
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("kernels") and not HAS_TRITON:
+            item.add_marker(pytest.mark.skip(reason="Triton is not installed: no kernels to run"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The device of the kernels: CPU tensors in the interpreter where there is no GPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,182 @@
+"""Compile every kernel, with every tile that ships, for one chip and report what the machine code says.
+
+    python tests/cross_compile.py linear_forward 90
+
+No GPU is needed: Triton compiles for a named target. One JSON object a line goes to stdout. It runs in a
+process of its own because kernels that Triton's interpreter has claimed cannot be compiled.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedmlp.kernels._launch import COMPILE_OPTIONS
+from fusedmlp.kernels._partials import _sum_partials_kernel
+from fusedmlp.kernels._tiles import GROUP_R, IRREGULAR, ITEMSIZE, TILES, Tile
+from fusedmlp.kernels.forward import _linear_forward_kernel
+from fusedmlp.kernels.grad_input import _grad_input_kernel
+from fusedmlp.kernels.grad_weight import _grad_weight_kernel
+from fusedmlp.kernels.relu_backward import BLOCK_M, BLOCK_N, _relu_backward_kernel
+
+CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
+
+
+class Spec(NamedTuple):
+    """One build: for each argument a type ("i32", or "*bf16:16": a multiple of 16) or a constant."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]
+    kind: str | None = None
+    tile: Tile | None = None
+
+
+def products(
+    kernel: Any, operands: tuple[str, ...], blocks: tuple[str, ...], variants: dict[str, dict[str, Any]]
+) -> Iterator[Spec]:
+    """One of the three products, in every variant, with every tile and dtype; a stride of 1 is a constant."""
+    ships = [(kind, tile, True) for kind, tiles in TILES.items() for tile in tiles]
+    ships += [(kind, tile, False) for kind, tile in IRREGULAR.items()]
+    for (variant, given), (kind, tile, regular) in itertools.product(variants.items(), ships):
+        for dtype in DTYPES[kind] if not (regular and "transposed" in variant) else ():
+            multiple = ":16" if regular else ""
+            arguments = dict.fromkeys(kernel.arg_names, f"i32{multiple}")
+            arguments |= dict.fromkeys(operands, f"*{dtype}{multiple}")
+            arguments |= dict(zip(blocks, (tile.BLOCK_R, tile.BLOCK_C, tile.BLOCK_K, GROUP_R), strict=True))
+            arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
+            arguments |= {"UPCAST": False, "WIDE": not regular, "M": "i32"} | given
+            if arguments.get("bias_ptr") == "like x":
+                arguments["bias_ptr"] = arguments["x_ptr"]
+            shape = "regular" if regular else "irregular"
+            name = f"{kernel.__name__} {dtype} {kind} {shape} {tuple(tile)} {variant}"
+            yield Spec(name, kernel, arguments, kind, tile)
+
+
+def specs(which: str) -> Iterator[Spec]:
+    """Every build of one launcher."""
+    if which == "linear_forward":
+        layer: dict[str, Any] = {"RELU": True, "bias_ptr": "like x", "stride_b": 1, "stride_wk": 1}
+        yield from products(
+            _linear_forward_kernel,
+            ("x_ptr", "weight_ptr", "y_ptr"),
+            ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M"),
+            {
+                "relu and bias": layer | {"stride_xk": 1},
+                "plain": layer | {"RELU": False, "bias_ptr": None, "stride_xk": 1},
+                "x transposed": layer | {"stride_xm": 1},
+            },
+        )
+    elif which == "grad_input":
+        yield from products(
+            _grad_input_kernel,
+            ("grad_z_ptr", "weight_ptr", "grad_x_ptr"),
+            ("BLOCK_M", "BLOCK_K", "BLOCK_N", "GROUP_M"),
+            {
+                "": {"stride_zn": 1, "stride_wk": 1},
+                "grad_z transposed": {"stride_zm": 1, "stride_wk": 1},
+            },
+        )
+    elif which == "grad_weight":
+        counts = {"splits": "i32", "rows_per_split": "i32"}
+        yield from products(
+            _grad_weight_kernel,
+            ("grad_z_ptr", "x_ptr", "out_ptr"),
+            ("BLOCK_N", "BLOCK_K", "BLOCK_M", "GROUP_N"),
+            {
+                "": counts | {"stride_zn": 1, "stride_xk": 1},
+                "in parts": counts | {"stride_zn": 1, "stride_xk": 1, "out_ptr": "*fp32:16"},
+                "both transposed": counts | {"stride_zm": 1, "stride_xm": 1},
+            },
+        )
+    elif which == "relu_backward":
+        for dtype, relu, bias in itertools.product(("fp32", "fp16", "bf16"), (True, False), (True, False)):
+            arguments = dict.fromkeys(_relu_backward_kernel.arg_names, "i32:16")
+            arguments |= {"grad_output_ptr": f"*{dtype}:16", "M": "i32", "rows_per_chunk": "i32"}
+            arguments |= {"y_ptr": f"*{dtype}:16", "grad_z_ptr": f"*{dtype}:16"} if relu else {}
+            constants = {} if relu else {"y_ptr": None, "grad_z_ptr": None, "stride_ym": 0, "stride_yn": 0}
+            constants |= {"partials_ptr": "*fp32:16" if bias else None, "stride_gn": 1, "stride_yn": 1}
+            constants |= {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
+            if relu or bias:
+                name = f"relu_backward {dtype} relu={relu} bias={bias}"
+                yield Spec(name, _relu_backward_kernel, arguments | constants)
+        for dtype, block_p in itertools.product(("fp32", "fp16", "bf16"), (1, 32)):
+            arguments = {"partials_ptr": "*fp32:16", "out_ptr": f"*{dtype}:16", "parts": "i32"}
+            arguments |= {"size": "i32:16", "BLOCK_P": block_p, "BLOCK": 2048 // block_p}
+            yield Spec(f"sum_partials {dtype} {block_p} at a time", _sum_partials_kernel, arguments)
+    else:
+        raise SystemExit(f"no launcher {which!r}")
+
+
+def disassemble(cubin: bytes) -> Counter[str]:
+    """How often each machine instruction occurs."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True)
+    pattern = r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9]*)"
+    return Counter(re.findall(pattern, run.stdout, re.MULTILINE))
+
+
+def build(spec: Spec, arch: int) -> dict[str, Any]:
+    """Compile for sm_<arch> and say what the assembler and the machine code say."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for i, name in enumerate(spec.kernel.arg_names):
+        value = spec.arguments[name]
+        if not isinstance(value, str) or name == "INPUT_PRECISION":
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        signature[name], _, multiple = value.partition(":")
+        if multiple:
+            attributes[(i,)] = [["tt.divisibility", int(multiple)]]
+    options: dict[str, Any] = COMPILE_OPTIONS | {"num_warps": 4}
+    if spec.tile is not None:
+        options |= {"num_warps": spec.tile.num_warps, "num_stages": spec.tile.num_stages}
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):  # Triton prints ptxas's log there
+        source = ASTSource(spec.kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    report = log.getvalue()
+    used = re.search(r"Used (\d+) registers", report)
+    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    if not used or not stack:
+        raise SystemExit(f"ptxas said nothing about {spec.name}:\n{report}")
+    return {
+        "name": spec.name,
+        "kind": spec.kind,
+        "registers": int(used[1]),
+        "stack": int(stack[1]),
+        "spills": int(stack[2]) + int(stack[3]),
+        "serialised": re.findall(r"C751[0-6]", report),
+        "shared_memory": compiled.metadata.shared,
+        "table_says": spec.tile.shared_memory(ITEMSIZE[spec.kind or ""]) if spec.tile else 16 * 1024,
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
+        "instructions": disassemble(compiled.asm["cubin"]),
+    }
+
+
+def main() -> None:
+    which, arch = sys.argv[1], int(sys.argv[2])
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True
+    for spec in specs(which):
+        print(json.dumps(build(spec, arch)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

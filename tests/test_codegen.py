@@ -1,0 +1,62 @@
+"""Cross-compile gate: the machine code of every kernel, with every tile that ships, for three chips.
+
+Triton checks none of this, and each is a cliff: a product off the tensor cores, registers spilled to memory,
+wgmma instructions that ptxas serialised (its notes C7510 to C7516), a body replaced by a trap.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from conftest import HAS_TRITON
+
+TENSOR_CORE = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "UTCQMMA")}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SMALLEST_SHARED_MEMORY = 99 * 1024  # sm_86, sm_89, sm_120: nothing here chooses tiles by chip
+TENSOR_MEMORY_COLUMNS = 512
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: no kernels to compile")
+
+
+def problems(build: dict[str, Any], arch: int) -> list[str]:
+    """What is wrong with one build, in words."""
+    found = []
+    instructions = build["instructions"]
+    wanted = ("FFMA", "FFMA2") if build["kind"] == "ieee" else TENSOR_CORE[arch]
+    if build["kind"] and not any(instructions.get(name) for name in wanted):
+        found.append(f"none of {wanted} in {sorted(instructions)}")
+    if build["spills"]:
+        found.append(f"{build['spills']} bytes spilled")
+    if build["serialised"]:
+        found.append(f"wgmma serialised: {build['serialised']}")
+    if build["registers"] < 64 and build["stack"] > 1024:
+        found.append(f"{build['registers']} registers and a stack of {build['stack']} bytes")
+    if build["shared_memory"] > min(SHARED_MEMORY[arch], SMALLEST_SHARED_MEMORY):
+        found.append(f"{build['shared_memory']} bytes of shared memory")
+    # The launcher counts on the table for how many programs fit; the odd bytes are barriers.
+    if build["shared_memory"] > build["table_says"] + 1024:
+        found.append(f"{build['shared_memory']} bytes of shared memory, {build['table_says']} in the table")
+    if build["tensor_memory"] > TENSOR_MEMORY_COLUMNS:
+        found.append(f"{build['tensor_memory']} columns of tensor memory")
+    if sum(instructions.values()) < 50:
+        found.append(f"a body of {sum(instructions.values())} instructions")
+    return found
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("kernel", ["linear_forward", "grad_input", "grad_weight", "relu_backward"])
+def test_machine_code(kernel: str, arch: int) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = pathlib.Path(__file__).with_name("cross_compile.py")
+    run = subprocess.run(
+        [sys.executable, script, kernel, str(arch)], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    builds = [json.loads(line) for line in run.stdout.splitlines()]
+    assert builds
+    wrong = {build["name"]: problems(build, arch) for build in builds}
+    assert not any(wrong.values()), "\n".join(f"{k}: {v}" for k, v in wrong.items() if v)

@@ -1,0 +1,166 @@
+"""The predicate: what it lets through, what it does not, and the reason it names."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedmlp
+from fusedmlp.functional import linear_relu, why_not_fused
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Watching(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def tensors(device: Any = "cpu", dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(s, device=device, dtype=dtype) for s in ((3, 4), (2, 4), (2,)))
+
+
+def test_on_a_cpu_the_reason_is_the_cpu() -> None:
+    reason = why_not_fused(*tensors())
+    assert reason == "x is on the cpu, and the kernels run on CUDA devices"
+    with fusedmlp.backend("torch"):
+        assert why_not_fused(*tensors()) == "backend('torch') is in force"
+
+
+def test_backend_is_restored_nested_and_per_thread() -> None:
+    reasons = []
+    with fusedmlp.backend("torch"):
+        with pytest.raises(KeyError), fusedmlp.backend("auto"):
+            raise KeyError
+        assert "in force" in str(why_not_fused(*tensors()))
+        with fusedmlp.backend("auto"):
+            assert "in force" not in str(why_not_fused(*tensors()))
+        thread = threading.Thread(target=lambda: reasons.append(why_not_fused(*tensors())))
+        thread.start()
+        thread.join()
+    assert "in force" not in reasons[0]
+    with pytest.raises(ValueError, match="'auto', 'triton', 'torch', got 'cuda'"), fusedmlp.backend("cuda"):  # type: ignore[arg-type]
+        pass
+    assert "in force" not in str(why_not_fused(*tensors()))
+
+
+@fusedmlp.backend("torch")
+def decorated() -> str | None:
+    return why_not_fused(*tensors())
+
+
+def test_backend_decorates() -> None:
+    assert decorated() == "backend('torch') is in force"
+
+
+def forward_mode() -> AbstractContextManager[Any]:
+    return forward_ad.dual_level()
+
+
+# What is special about the call -> a word of the reason it must name
+SPECIAL: dict[str, tuple[Callable[[], tuple[Any, ...]], Callable[[], AbstractContextManager[Any]]]] = {
+    "float64": (lambda: tensors(dtype=torch.float64), nullcontext),
+    "Subclass": (lambda: (tensors()[0].as_subclass(Subclass), *tensors()[1:]), nullcontext),
+    "weight is a Subclass": (
+        lambda: (tensors()[0], tensors()[1].as_subclass(Subclass), tensors()[2]),
+        nullcontext,
+    ),
+    "bias is torch.float16": (lambda: (*tensors()[:2], tensors()[2].half()), nullcontext),
+    "weight is on meta": (lambda: (tensors()[0], tensors("meta")[1], tensors()[2]), nullcontext),
+    "meta": (lambda: tensors("meta"), nullcontext),
+    "sparse": (lambda: (tensors()[0].to_sparse(), *tensors()[1:]), nullcontext),
+    "shapes do not fit: x": (lambda: (torch.randn(3, 5), *tensors()[1:]), nullcontext),
+    "shapes do not fit: bias": (lambda: (*tensors()[:2], torch.randn(7)), nullcontext),
+    "autocast": (tensors, lambda: torch.autocast("cpu")),
+    "forward-mode": (tensors, forward_mode),
+    "TorchDispatchMode": (tensors, TorchDispatchMode),
+    "TorchFunctionMode": (tensors, Watching),
+    "FakeTensor": (lambda: tuple(map(FakeTensorMode().from_tensor, tensors())), nullcontext),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU tensors here need Triton's interpreter")
+@pytest.mark.parametrize("reason", SPECIAL)
+def test_every_special_case_is_named_and_forcing_raises_it(reason: str) -> None:
+    make, context = SPECIAL[reason]
+    arguments = make()
+    with fusedmlp.backend("triton"):
+        assert why_not_fused(*tensors()) is None
+        with context():
+            assert reason in str(why_not_fused(*arguments))
+            if "shapes" not in reason and "is on" not in reason and "is torch" not in reason:
+                with pytest.raises(RuntimeError, match=reason):
+                    linear_relu(*arguments)
+        assert why_not_fused(*tensors()) is None
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU tensors here need Triton's interpreter")
+def test_transforms_and_tracing_are_named() -> None:
+    x, weight, bias = tensors()
+    reasons: list[str | None] = []
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        reasons.append(why_not_fused(t, weight, bias))
+        return t.sum()
+
+    with fusedmlp.backend("triton"):
+        torch.func.vmap(note)(x[None])
+        torch.jit.trace(note, x, check_trace=False)
+    assert "torch.func transform" in str(reasons[0])
+    assert "tracing" in str(reasons[1])
+    assert len(reasons) == 2
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU tensors here need Triton's interpreter")
+def test_a_default_device_does_not_stop_the_kernels() -> None:
+    with fusedmlp.backend("triton"), torch.device("cpu"):
+        assert why_not_fused(*tensors()) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "dtype", "relu", "reason"),
+    [
+        (65536, 256, 256, torch.bfloat16, True, None),
+        (65536, 256, 256, torch.bfloat16, False, "nothing to fuse"),
+        (65536, 256, 256, torch.float32, True, "IEEE"),
+        (128, 256, 256, torch.bfloat16, True, "too little"),
+        (8192, 4096, 4096, torch.bfloat16, True, "limited by arithmetic"),
+    ],
+)
+def test_the_rule_of_auto(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype, relu: bool, reason: str | None
+) -> None:
+    x, weight = (
+        torch.empty(rows, inputs, device="cuda", dtype=dtype),
+        torch.empty(outputs, inputs).cuda().to(dtype),
+    )
+    got = why_not_fused(x, weight, relu=relu)
+    assert got is None if reason is None else reason in str(got)
+
+
+def test_asking_for_kernels_where_there_are_none_says_why() -> None:
+    """In a process without the interpreter, whatever this one has."""
+    code = (
+        "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
+        "import torch, fusedmlp\n"
+        "with fusedmlp.backend('triton'):\n"
+        "    fusedmlp.Linear(4, 2)(torch.randn(3, 4))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "RuntimeError: backend('triton') is in force, but x is on the cpu" in run.stderr

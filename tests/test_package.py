@@ -1,0 +1,160 @@
+"""The package as one installs and imports it."""
+
+import ast
+import importlib.metadata
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+import fusedmlp
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def python(code: str, cwd: pathlib.Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=env or None, capture_output=True, text=True
+    )
+
+
+def test_import_touches_no_driver_and_brings_no_triton() -> None:
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import fusedmlp\n"
+        "new = set(sys.modules) - before\n"
+        "assert not any(name.split('.')[0] == 'triton' for name in new), new\n"
+        "assert not any(name.startswith('fusedmlp.kernels') for name in new), new\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "fusedmlp.MLP(4, [3], 2)(torch.randn(5, 4)).sum().backward()\n"
+        "assert not any(name.startswith('fusedmlp.kernels') for name in sys.modules)"
+    )
+    run = python(code)
+    assert run.returncode == 0, run.stderr
+
+
+def test_works_where_triton_cannot_be_imported() -> None:
+    code = (
+        "import sys, importlib.util\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name.startswith('triton') else find(name, *a)\n"
+        "import torch, fusedmlp\n"
+        "from fusedmlp import _dispatch\n"
+        "assert not _dispatch.has_triton()\n"
+        "print(fusedmlp.MLP(4, [3], 2)(torch.randn(5, 4)).shape)"
+    )
+    run = python(code)
+    assert run.returncode == 0, run.stderr
+    assert "torch.Size([5, 2])" in run.stdout
+
+
+def test_importing_the_folder_kernels_says_what_it_is() -> None:
+    run = python("import kernels")
+    assert run.returncode == 1
+    assert "ImportError: 'kernels' is the source folder of fusedmlp's Triton kernels" in run.stderr
+
+
+def test_a_checkout_that_is_not_installed_finds_its_kernels(tmp_path: pathlib.Path) -> None:
+    """Isolated from an installed copy: only this path, the interpreter's own and torch's."""
+    code = (
+        "import importlib.util, fusedmlp\n"
+        "print(fusedmlp.__file__, importlib.util.find_spec('fusedmlp.kernels').origin)"
+    )
+    run = python(code, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    package, kernels = map(pathlib.Path, run.stdout.split())
+    assert package == ROOT / "fusedmlp" / "__init__.py"
+    assert kernels == ROOT / "kernels" / "__init__.py"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    # From a copy: building leaves a folder build/ behind, and other tests may be building too.
+    source = folder / "source"
+    for name in ("fusedmlp", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", folder, source], cwd=folder, check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_the_kernels_and_nothing_else(wheel: pathlib.Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"fusedmlp", f"fusedmlp-{fusedmlp.__version__}.dist-info"}
+    for source in (ROOT / "kernels").glob("*.py"):
+        assert f"fusedmlp/kernels/{source.name}" in names
+    assert "fusedmlp/py.typed" in names
+    assert not any("mnist" in name or name.endswith(".xz") for name in names)
+
+
+def test_installed_wheel_works_from_another_folder(wheel: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
+    subprocess.run(command, check=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        "import importlib.util, torch, fusedmlp\n"
+        "print(fusedmlp.__file__, importlib.util.find_spec('fusedmlp.kernels').origin)\n"
+        "assert importlib.util.find_spec('kernels') is None\n"
+        "fusedmlp.MLP(4, [3], 2)(torch.randn(5, 4))"
+    )
+    run = python(code, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert all(pathlib.Path(name).is_relative_to(site) for name in run.stdout.split())
+
+
+def test_public_names_and_version() -> None:
+    for name in fusedmlp.__all__:
+        assert hasattr(fusedmlp, name), name
+    assert fusedmlp.nn.Linear is fusedmlp.Linear
+    assert fusedmlp.__version__ == importlib.metadata.version("fusedmlp")
+
+
+def test_the_command_line_says_what_is_here_and_checks_itself() -> None:
+    command = [sys.executable, "-m", "fusedmlp", "--mlp", "20", "10", "3", "--batch", "5"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert f"fusedmlp {fusedmlp.__version__}, torch {torch.__version__}" in run.stdout
+    assert "times PyTorch's own: right" in run.stdout
+    assert "Linear(20, 10)+ReLU" in run.stdout
+    assert max(map(len, run.stdout.splitlines())) <= 160
+    refused = subprocess.run([*command[:4], "7"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "--mlp takes two widths or more" in refused.stderr
+
+
+# Each room imports only rooms below it: nn -> functional -> _autograd -> _dispatch -> {_reference, kernels}
+BELOW = {
+    "__init__": {"_dispatch", "_version", "functional", "nn"},
+    "__main__": {"_dispatch", "functional", "nn"},
+    "nn": {"functional"},
+    "functional": {"_autograd", "_dispatch", "_reference"},
+    "_autograd": {"_dispatch"},
+    "_dispatch": {"_reference"},
+    "_reference": set(),
+    "_version": set(),
+}
+
+
+def test_imports_point_one_way() -> None:
+    for path in (ROOT / "fusedmlp").glob("*.py"):
+        rooms = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fusedmlp":
+                inner = (node.module or "").split(".")[1:]
+                rooms |= set(inner) if inner else {alias.name for alias in node.names}
+        assert rooms <= BELOW[path.stem], path.name
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert "fusedmlp." not in path.read_text().replace("fusedmlp.kernels", "").replace(
+            "fusedmlp._dispatch", ""
+        ), path.name
