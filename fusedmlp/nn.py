@@ -5,6 +5,7 @@
 The same parameters, initial values, ``state_dict`` keys and ``repr``: checkpoints go both ways.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, overload
@@ -29,12 +30,17 @@ class Linear(torch.nn.Linear):  # type: ignore[no-redef]  # it replaces torch's,
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return _functional.linear(input, self.weight, self.bias)
 
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """What ``torch.jit.script`` compiles: torch's Linear of the same parameters, unless a subclass."""
+        return _as_plain(self, torch.nn.Linear) if type(self) is Linear else self
+
 
 class LinearReLU(Linear):
     """A Linear whose output goes through ReLU, in one kernel where there is one.
 
     Arguments, parameters, initial values and keys of ``torch.nn.Linear``. Tools that replace a module
-    because it is a ``torch.nn.Linear`` may forget its ReLU: for those, write Linear and ReLU.
+    because it is a ``torch.nn.Linear`` may forget its ReLU, and ``torch.jit.script`` does not know it: for
+    those, write Linear and ReLU.
 
     >>> bool((LinearReLU(4, 2)(torch.randn(8, 4)) >= 0).all())
     True
@@ -72,6 +78,10 @@ class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
             else:
                 input = module(input)
         return input if waiting is None else _functional.linear(input, *waiting)
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """What ``torch.jit.script`` compiles: torch's Sequential of the same members, unless a subclass."""
+        return _as_plain(self, torch.nn.Sequential) if type(self) in (Sequential, MLP) else self
 
     @overload
     def __getitem__(self, idx: slice) -> "Sequential": ...
@@ -115,6 +125,13 @@ class MLP(Sequential):
             layers += [Linear(in_features, width, bias, device, dtype), torch.nn.ReLU()]
             in_features = width
         super().__init__(*layers, Linear(in_features, out_features, bias, device, dtype))
+
+
+def _as_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> torch.nn.Module:
+    plain = copy.copy(module)
+    plain._modules = dict(module._modules)  # torch.jit.script replaces the members of what it is given
+    plain.__class__ = kind
+    return plain
 
 
 _LINEARS = {torch.nn.Linear, Linear}

@@ -76,13 +76,12 @@ def precision_options(kind: str, dtype: torch.dtype) -> dict[str, Any]:
 def is_regular(x: torch.Tensor, out_columns: int) -> bool:
     """Whether a product may read x (2-D) in 16-byte pieces and count in 32 bits within a tile.
 
-    Its rows are contiguous and start on 16 bytes, and 256 rows, of x or of the output with out_columns, are
-    less than 2**31 elements.
+    Its rows are contiguous, and what Triton asks of an argument to know its alignment holds: the address and
+    each size and pitch are multiples of 16. 256 rows, of x or of the output, are less than 2**31 elements.
     """
     pitch, step = x.stride()
     return (
         step == 1
-        and x.data_ptr() % 16 == 0
-        and pitch * x.element_size() % 16 == 0
+        and x.data_ptr() % 16 == pitch % 16 == x.shape[1] % 16 == out_columns % 16 == 0
         and max(pitch, out_columns) < 2**22
     )

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.kernels
 aten = torch.ops.aten
 INTERPRETED = not torch.cuda.is_available()
 
-# (M, N, K): one of each, odd ones, one row, the edges of tiles, MNIST's, several tiles each way, none
+# (M, N, K): one of each, odd ones, one row, the edges of tiles, MNIST's, several tiles each way, rows enough
+# to be cut into parts, none
 SHAPES = [
     (1, 1, 1),
     (1, 10, 784),
@@ -23,7 +24,8 @@ SHAPES = [
     (128, 128, 64),
     (130, 70, 16),
     (257, 129, 48),
-    (600, 16, 8),
+    (272, 144, 48),
+    (600, 32, 16),
     (0, 3, 4),
     (4, 0, 3),
     (5, 3, 0),
@@ -198,10 +200,10 @@ def test_offsets_past_31_bits(pitch: int, device: torch.device) -> None:
     """Rows so far apart that a 32-bit offset would wrap; only the pages with rows in them become memory."""
     rows = 2**31 // pitch + 6
     far = torch.empty(rows * pitch, dtype=torch.float16, device=device).view(rows, pitch)
-    x, grad = far[:, :16], far[:, 16:40]
+    x, grad = far[:, :16], far[:, 16:48]
     x.copy_(torch.randn(rows, 16))
-    grad.copy_(torch.randn(rows, 24))
-    weight = torch.randn(24, 16, device=device, dtype=torch.float16)
+    grad.copy_(torch.randn(rows, 32))
+    weight = torch.randn(32, 16, device=device, dtype=torch.float16)
     for launcher, arguments in (
         ("linear_forward", (x, weight, None, True)),
         ("relu_backward", (grad, grad, True)),
@@ -240,3 +242,23 @@ def test_tf32_follows_torchs_setting(device: torch.device) -> None:
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert errors["tf32"] > 10 * errors["ieee"]
+
+
+def test_regular_is_what_the_large_tiles_were_compiled_for() -> None:
+    """Aligned for 16-byte copies as Triton sees it, and small enough for 32-bit offsets within a tile."""
+    from fusedmlp.kernels._launch import is_regular
+
+    x = torch.empty(8, 64, dtype=torch.float16)
+    assert is_regular(x, 32)
+    for other, columns in (
+        (x, 10),
+        (x.t(), 32),
+        (x[:, :24], 32),
+        (x[:, 1:33], 32),
+        (torch.empty(8, 24, dtype=torch.float16), 32),
+        (torch.empty(8, 64, dtype=torch.float16)[:, ::2], 32),
+        (torch.empty(1, dtype=torch.float16).expand(8, 64), 32),
+        (torch.empty(1, 2**22, dtype=torch.float16), 32),
+        (x, 2**22),
+    ):
+        assert not is_regular(other, columns)

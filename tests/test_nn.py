@@ -279,6 +279,21 @@ def test_fx_traces_into_plain_operators() -> None:
     assert not any("fusedmlp" in str(node.target) for node in traced.graph.nodes)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript() -> None:
+    ours, torchs = pair()
+    x = torch.randn(3, 7)
+    for scripted in (torch.jit.script(ours), torch.jit.trace(ours, x)):
+        assert torch.equal(scripted(x), torchs(x))
+    assert [type(layer) for layer in ours] == [type(layer) for layer in network(nn)]
+
+    class Doubled(nn.Linear):  # type: ignore[misc, name-defined]
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * input
+
+    assert torch.equal(torch.jit.script(nn.Sequential(Doubled(7, 7)))(x), 2 * x)
+
+
 def test_compiles_without_a_graph_break(path: str) -> None:
     ours, torchs = pair()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
