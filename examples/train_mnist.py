@@ -145,11 +145,7 @@ def train(args: argparse.Namespace) -> int:
     accuracies = {name: (p == data.test_labels).float().mean().item() for name, p in predictions.items()}
     say(table(trainers, accuracies, len(train_images)))
     if "fusedmlp" in trainers:
-        trainer = trainers["fusedmlp"]
-        batch = train_images[: math.ceil(args.batch_size / trainer.processes)]
-        reason = why_not_fused(batch, *trainer.parameters[:2])
-        what = f"PyTorch's own operators: {reason}" if reason else "its Triton kernels"
-        say(f"fusedmlp ran {what}")
+        say(what_ran(trainers["fusedmlp"]))
     if args.plot and is_first():
         curves = {name: trainer.losses for name, trainer in trainers.items()}
         plot(args.plot, curves, steps, data.test_images, data.test_labels, predictions[names[-1]])
@@ -170,6 +166,19 @@ def table(trainers: dict[str, Trainer], accuracies: dict[str, float], samples: i
         difference = (plain - fused).abs().max()
         lines.append(f"largest difference between their {len(plain)} training losses: {difference:.2g}")
     return "\n".join(lines)
+
+
+def what_ran(trainer: Trainer) -> str:
+    """Which layers of the fused network run its kernels, and why the others do not."""
+    layers = [layer for layer in trainer.network if isinstance(layer, torch.nn.Linear)]
+    rows, reasons = math.ceil(trainer.args.batch_size / trainer.processes), []
+    for layer in layers:
+        x = layer.weight.new_empty(rows, layer.in_features)
+        reasons.append(why_not_fused(x, layer.weight, layer.bias, relu=layer is not layers[-1]))
+    kernels = reasons.count(None)
+    others = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
+    said = f"fusedmlp ran its Triton kernels in {kernels} of {len(layers)} layers"
+    return f"{said}, PyTorch's own operators in the rest: {others}" if others else said
 
 
 def environment(args: argparse.Namespace) -> str:

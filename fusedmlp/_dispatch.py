@@ -24,7 +24,8 @@ Backend = Literal["auto", "triton", "torch"]
 _BACKENDS = ("auto", "triton", "torch")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_LARGEST = 2**31 - 1024  # rows, columns: the kernels count tiles in 32 bits, offsets in 64
+# Rows or columns: the kernels count them in 32 bits, rounded up to whole tiles and parts, and offsets in 64.
+_LARGEST = 2**31 - 2**20
 
 # The conservative rule of "auto", until measurements replace it. A launch of a Triton kernel from Python
 # costs 9 to 12 us of the CPU's time against about 5 for one of ATen's: below about 1 GFLOP that is more
@@ -51,8 +52,9 @@ def backend(name: Backend) -> Iterator[None]:
     - ``"triton"``: the kernels, or a RuntimeError with the reason why they cannot run;
     - ``"torch"``: PyTorch's operators.
 
-    The backward of a layer runs on what its forward ran on. Code under ``torch.compile`` is the compiler's,
-    whatever is chosen here. Raises ValueError for any other name.
+    The backward of a layer runs on what its forward ran on. Activation checkpointing runs the forward again
+    during the backward, on a GPU in another thread: give it this context by its ``context_fn``. Code under
+    ``torch.compile`` is the compiler's, whatever is chosen here. Raises ValueError for any other name.
 
     >>> with fusedmlp.backend("torch"):
     ...     y = model(x)
@@ -122,7 +124,7 @@ def _why_impossible(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
             return f"{what} is {tensor.dtype}, x {x.dtype}"
     if x.dtype not in _DTYPES:
         return f"there are kernels for float32, float16 and bfloat16, not for {x.dtype}"
-    if any(tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg() for _, tensor in named):
+    if not all(_is_plain_memory(tensor) for _, tensor in named):
         return "a tensor is sparse, or a lazy conjugate or negative"
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return f"the shapes do not fit: x {tuple(x.shape)}, weight {tuple(weight.shape)}"
@@ -132,6 +134,8 @@ def _why_impossible(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         return f"a dimension is over {_LARGEST}"
     if not has_triton():
         return "Triton is not installed"
+    if torch.version.hip is not None:
+        return "the kernels are made for NVIDIA GPUs"
     if x.is_cuda and _capability(x.device.index) < (8, 0):
         return f"compute capability {_capability(x.device.index)} is below 8.0"
     if torch.is_autocast_enabled(x.device.type):
@@ -148,8 +152,6 @@ def _why_impossible(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 def _why_not_worth_it(x: torch.Tensor, weight: torch.Tensor, relu: bool) -> str | None:
     N, K = weight.shape
     flops = 2 * x.numel() * N
-    if not x.is_cuda:
-        return "x is on the cpu, where Triton's interpreter runs only under backend('triton')"
     if not relu:
         return "a Linear without a ReLU leaves nothing to fuse"
     if flops < _LEAST_FLOPS:
@@ -158,24 +160,35 @@ def _why_not_worth_it(x: torch.Tensor, weight: torch.Tensor, relu: bool) -> str 
         return "IEEE float32 is limited by arithmetic, where cuBLAS is trusted to be faster"
     if N * K / (N + K) > _MOST_INTENSITY:
         return f"a layer of {K} to {N} is limited by arithmetic, where cuBLAS is trusted to be faster"
+    if kernels().interpreting():
+        return "TRITON_INTERPRET is set, and Triton's interpreter runs only under backend('triton')"
     return None
 
 
 def backward_operators(grad_output: torch.Tensor) -> ModuleType:
     """The room with relu_backward, grad_bias, grad_input, grad_weight for a layer whose forward was fused.
 
-    With grad mode on (``create_graph=True``), under vmap (``is_grads_batched=True``) and for a gradient that
-    is no plain tensor, only differentiable, composite operators are right.
+    With grad mode on (``create_graph=True``), under vmap (``is_grads_batched=True``), forward-mode
+    differentiation or a compiler, and for a gradient that is not plain memory, only PyTorch's own operators
+    are right.
     """
     if (
         torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
         or type(grad_output) not in _PLAIN
+        or not _is_plain_memory(grad_output)
+        or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(grad_output)
         or torch._C._len_torch_dispatch_stack() > 0
     ):
         return _reference
     return kernels()
+
+
+def _is_plain_memory(tensor: torch.Tensor) -> bool:
+    """Whether the values are what lies in memory: not sparse, not to be conjugated or negated when read."""
+    return tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
 
 
 @functools.cache

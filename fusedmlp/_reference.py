@@ -13,9 +13,12 @@ def linear_forward(
 ) -> torch.Tensor:
     """``x (..., K) @ weight.T (K, N) + bias (N,)``, then ReLU if asked: ``(..., N)``."""
     y = F.linear(x, weight, bias)
+    if not relu:
+        return y
     # In place on a tensor that nobody else holds, and that linear's backward does not need: no second
     # tensor is written. threshold_backward is its gradient, as it is that of the one out of place.
-    return y.relu_() if relu else y
+    # Subclasses, proxies and wrappers see the calls that a model on torch.nn makes.
+    return y.relu_() if type(y) is torch.Tensor else F.relu(y)
 
 
 def relu_backward(

@@ -59,38 +59,38 @@ def _fused_or_reason(
         and isinstance(weight, torch.Tensor)
     ):
         raise RuntimeError(_mistake(input, weight, bias) or f"backend('triton') is in force, but {reason}")
-    # Subclasses, proxies and wrappers get the very calls that a model on torch.nn makes.
-    y = F.linear(input, weight, bias)
-    return F.relu(y) if relu else y
+    return _reference.linear_forward(input, weight, bias, relu)
 
 
 def _raise_clearer(
     error: RuntimeError, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
     """Raise the same type of error with the caller's mistake in words, if there is one and it is not said."""
+    if type(error) is not RuntimeError:  # out of memory, for one
+        return
     problem = _mistake(input, weight, bias)
     if problem is not None and problem != str(error):
-        raise type(error)(problem) from error
+        raise RuntimeError(problem) from error
 
 
 def _mistake(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
     """The caller's mistake in words, if there is one; only asked once torch has refused."""
     tensors = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
-    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if any(type(t) not in (torch.Tensor, torch.nn.Parameter) or t.is_nested for t in tensors.values()):
         return None
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-    if len({tensor.device for tensor in tensors.values()}) > 1:
-        where = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        return f"linear needs its tensors on one device, got {where} ({shapes})"
-    if len({tensor.dtype for tensor in tensors.values()}) > 1:
-        what = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
-        return f"linear needs its tensors in one dtype, got {what} ({shapes})"
     if weight.dim() == 2 and (input.dim() == 0 or input.shape[-1] != weight.shape[1]):
-        return (
-            f"linear with in_features={weight.shape[1]} needs an input of shape (..., {weight.shape[1]}), "
-            f"got {shapes}"
-        )
+        K = weight.shape[1]
+        return f"linear with in_features={K} needs an input of shape (..., {K}), got {shapes}"
     if bias is not None and weight.dim() == 2 and bias.shape != weight.shape[:1]:
         N = weight.shape[0]
         return f"linear with out_features={N} needs a bias of shape ({N},), got {shapes}"
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        where = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        return f"linear needs its tensors on one device, got {where} ({shapes})"
+    kind = input.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # it mixes dtypes
+    if not autocast and len({tensor.dtype for tensor in tensors.values()}) > 1:
+        what = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
+        return f"linear needs its tensors in one dtype, got {what} ({shapes})"
     return None

@@ -61,8 +61,14 @@ class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
     """
 
     def forward(self, input: Any) -> Any:
-        # Proxies, wrappers and subclasses are somebody looking at the modules one by one.
-        if type(input) is not torch.Tensor or _has_any_global_hook():
+        # Somebody may be looking at the modules one by one: a tracer or compiler, by a wrapped input, by a
+        # hook or by a patched call.
+        if (
+            type(input) is not torch.Tensor
+            or torch.compiler.is_compiling()
+            or _has_any_global_hook()
+            or torch.nn.Module.__call__ is not _MODULE_CALL
+        ):
             return super().forward(input)  # type: ignore[no-untyped-call]
         waiting: tuple[Any, ...] | None = None  # a Linear's parameters, till we know if a ReLU is behind it
         for module in self._modules.values():
@@ -73,7 +79,7 @@ class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
                     continue
                 input = _functional.linear(input, *waiting)
                 waiting = None
-            if type(module) in _LINEARS and _unobserved(module) and "weight" in module._parameters:
+            if type(module) in _LINEARS and _unobserved(module) and _own_parameters(module):
                 waiting = module._parameters["weight"], module._parameters["bias"]
             else:
                 input = module(input)
@@ -82,15 +88,6 @@ class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What ``torch.jit.script`` compiles: torch's Sequential of the same members, unless a subclass."""
         return _as_plain(self, torch.nn.Sequential) if type(self) in (Sequential, MLP) else self
-
-    @overload
-    def __getitem__(self, idx: slice) -> "Sequential": ...
-    @overload
-    def __getitem__(self, idx: int) -> torch.nn.Module: ...
-    def __getitem__(self, idx: slice | int) -> torch.nn.Module:
-        if isinstance(idx, slice):  # not self.__class__, whose __init__ may want other things
-            return Sequential(OrderedDict(list(self._modules.items())[idx]))
-        return super().__getitem__(idx)
 
     def __add__(self, other: torch.nn.Sequential) -> "Sequential":
         return Sequential(*super().__add__(other))
@@ -126,6 +123,15 @@ class MLP(Sequential):
             in_features = width
         super().__init__(*layers, Linear(in_features, out_features, bias, device, dtype))
 
+    @overload
+    def __getitem__(self, idx: slice) -> "Sequential": ...
+    @overload
+    def __getitem__(self, idx: int) -> torch.nn.Module: ...
+    def __getitem__(self, idx: slice | int) -> torch.nn.Module:
+        if isinstance(idx, slice):  # not an MLP, whose __init__ wants widths
+            return Sequential(OrderedDict(list(self._modules.items())[idx]))
+        return super().__getitem__(idx)
+
 
 def _as_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> torch.nn.Module:
     plain = copy.copy(module)
@@ -134,6 +140,7 @@ def _as_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> torch.nn.
     return plain
 
 
+_MODULE_CALL = torch.nn.Module.__call__
 _LINEARS = {torch.nn.Linear, Linear}
 _FORWARDS: dict[type[torch.nn.Module], Callable[..., torch.Tensor]] = {
     kind: kind.forward for kind in (torch.nn.Linear, Linear, torch.nn.ReLU)
@@ -153,9 +160,20 @@ def _unobserved(module: torch.nn.Module) -> bool:
     )
 
 
+def _own_parameters(module: torch.nn.Module) -> bool:
+    """Whether weight and bias are the registered ones: no plain attribute of that name is in the way."""
+    own, attributes = module._parameters, module.__dict__
+    return "weight" in own and "bias" in own and "weight" not in attributes and "bias" not in attributes
+
+
 def __getattr__(name: str) -> Any:
+    if name.startswith("__"):  # this module's own: with torch.nn's __path__ it would pass for a package
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(torch.nn, name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *dir(torch.nn)})
+
+
+__all__ = [name for name in dir(torch.nn) if not name.startswith("_")] + ["LinearReLU", "MLP"]

@@ -43,6 +43,7 @@ def programs(work: int, tile: Tile, kind: str, device: Device) -> int:
     return min(work, device.num_sms * max(1, min(16 // tile.num_warps, by_memory)))
 
 
+@functools.cache  # Triton decided it when it decorated the kernels
 def interpreting() -> bool:
     """Whether these kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors too."""
     return bool(triton.knobs.runtime.interpret)

@@ -48,7 +48,7 @@ def _grad_weight_kernel(
             stride_zn, stride_zm, stride_xm, stride_xk,
             BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION, UPCAST,
         )  # fmt: skip
-        first = (split.to(tl.int64) * N + first_n) * K + first_k
+        first = (split * N + first_n) * K + first_k
         out_tile = out_ptr + first + offs_n[:, None] * K + offs_k[None, :]
         tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=valid_n[:, None] & valid_k[None, :])
 

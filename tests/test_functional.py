@@ -6,7 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from oracle import assert_right
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedmlp
 from fusedmlp.functional import linear, linear_relu
@@ -127,7 +131,7 @@ def test_output_used_twice(path: str, device: torch.device) -> None:
     for name, function in (("ours", ours), ("torch", torchs)):
         leaf = x.clone().requires_grad_()
         h = function(leaf, weight, bias, True)
-        (h + function(h, weight, bias, True) * h).square().sum().backward()
+        (h + function(h, weight, bias, True)).square().sum().backward()
         grads[name] = leaf.grad
     torch.testing.assert_close(grads["ours"], grads["torch"], rtol=1e-4, atol=1e-3)
 
@@ -164,6 +168,56 @@ def test_batched_gradients(path: str, device: torch.device) -> None:
         y = function(leaf, weight, bias, True)
         results.append(torch.autograd.grad(y, leaf, vectors, is_grads_batched=True)[0])
     torch.testing.assert_close(*results)
+
+
+def test_gradients_that_are_not_plain_memory(path: str, device: torch.device) -> None:
+    """A lazy negative, as complex arithmetic makes; a subclass; one seen by a mode; one with a tangent."""
+    x, weight, bias = layer(device, 5, 20)
+    grad = torch.randn(5, 10, device=device)
+
+    def gradient_of_x(function, grad_output):  # type: ignore[no-untyped-def]
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(function(leaf, weight, bias, True), leaf, grad_output)[0]
+
+    negated = torch._neg_view(grad)
+    torch.testing.assert_close(gradient_of_x(ours, negated), gradient_of_x(torchs, negated))
+    two = TwoTensor(grad, -grad)
+    torch.testing.assert_close(gradient_of_x(ours, two).b, gradient_of_x(torchs, two).b)
+
+    leaf = x.clone().requires_grad_()
+    y = ours(leaf, weight, bias, True)
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(y, leaf, grad, retain_graph=True)
+    assert counter.get_total_flops() == 2 * 5 * 20 * 10
+
+    tangents = []
+    for function in (ours, torchs):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf, weight, bias, True)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(grad, torch.ones_like(grad))
+            (grad_x,) = torch.autograd.grad(y, leaf, dual)
+            tangents.append(forward_ad.unpack_dual(grad_x).tangent)
+    torch.testing.assert_close(*tangents)
+
+
+def test_checkpointed(path: str, device: torch.device) -> None:
+    tensors = layer(device, 5, 20)
+    grads = []
+    for call in (ours, lambda *a: checkpoint(ours, *a, use_reentrant=False)):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        call(*leaves, True).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_is_not_blamed_for_mixed_dtypes(path: str) -> None:
+    weight = torch.randn(3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16), fusedmlp.backend("auto"):
+        assert linear(torch.randn(2, 4).bfloat16(), weight).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match=r"in_features=4 .* got input \(2, 5\)"):
+            linear(torch.randn(2, 5).bfloat16(), weight)
 
 
 @pytest.mark.parametrize("relu", [True, False])

@@ -58,7 +58,7 @@ def kernels() -> Any:
 class Canaries(TorchDispatchMode):
     """Puts every new tensor between canaries, full of NaN: what is not written, or past the end, shows."""
 
-    PAD, CANARY = 64, 12345.0
+    PAD, CANARY = 2**16, 12345.0  # more than a tile's rows past the end
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,8 +178,16 @@ def test_nan_and_infinity_follow_torch(device: torch.device) -> None:
 
 def test_large_bias_is_added_last(device: torch.device) -> None:
     """A sum that starts from the bias would lose the product's low bits against it."""
-    x, weight = torch.randn(16, 512, device=device), torch.randn(8, 512, device=device)
-    check("linear_forward", x, weight, torch.full((8,), 1e4, device=device), False)
+    x, weight = torch.randn(16, 8192, device=device), torch.randn(16, 8192, device=device)
+    check("linear_forward", x, weight, torch.full((16,), 1e4, device=device), False)
+
+
+def test_forward_rounds_once(device: torch.device) -> None:
+    """All but the few values within float32's error of a tie are float64's, rounded once."""
+    x, weight, bias = (torch.randn(s, device=device).half() for s in ((64, 96), (80, 96), (80,)))
+    y = run("linear_forward", x, weight, bias, True)
+    exact = _reference.linear_forward(*doubles(x, weight, bias, True))
+    assert (y == exact.half()).double().mean() > 0.99
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

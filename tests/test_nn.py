@@ -62,6 +62,13 @@ def test_everything_of_torch_nn_is_there() -> None:
     assert set(dir(nn)) >= set(dir(tnn))
     with pytest.raises(AttributeError):
         _ = nn.NoSuchLayer
+    # With torch.nn's __path__ it would pass for a package, and import torch's files a second time.
+    assert not hasattr(nn, "__path__")
+    public: dict[str, Any] = {}
+    exec("from fusedmlp.nn import *", public)
+    assert public["Linear"] is nn.Linear
+    assert public["Conv2d"] is tnn.Conv2d
+    assert not {"Any", "copy", "torch"} & set(public)
 
 
 def test_same_initial_weights_repr_and_keys() -> None:
@@ -162,6 +169,14 @@ def test_indexing_slicing_appending() -> None:
     assert torch.equal(both(x), torchs(x))
     assert list((ours[:2] * 2).state_dict()) == list((torchs[:2] * 2).state_dict())
     assert torch.equal(nn.Sequential()(x), x)
+
+    class Residual(nn.Sequential):  # type: ignore[misc, name-defined]
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input + super().forward(input)
+
+    residual = Residual(nn.Linear(7, 7), nn.ReLU(), nn.Linear(7, 7))
+    assert type(residual[:2]) is Residual
+    assert torch.equal(residual[:2](x), x + residual[1](residual[0](x)))
     named = nn.Sequential(OrderedDict(first=nn.Linear(7, 3), act=nn.ReLU()))
     assert list(named.state_dict()) == ["first.weight", "first.bias"]
     assert (named(x) >= 0).all()
@@ -222,6 +237,8 @@ CHANGES = {
     "data": lambda m: m[0].weight.data.zero_(),
     "assigned data": lambda m: setattr(m[0].weight, "data", torch.ones(10, 7)),
     "new parameter": lambda m: setattr(m[0], "weight", tnn.Parameter(torch.ones(10, 7))),
+    "plain attribute": lambda m: (m[0]._parameters.pop("bias"), setattr(m[0], "bias", torch.ones(10))),
+    "attribute in the way": lambda m: object.__setattr__(m[0], "bias", torch.full((10,), 9.0)),
     "no bias": lambda m: setattr(m[0], "bias", None),
     "patched forward": lambda m: setattr(m[0], "forward", lambda input: input.new_ones(3, 10)),
     "patched relu": lambda m: setattr(m[1], "forward", torch.neg),
@@ -241,6 +258,16 @@ def test_changes_to_members_take_effect(change: str) -> None:
         model.eval()  # spectral_norm's power iteration would move on
     assert torch.equal(ours(x), torchs(x))
     assert not torch.equal(ours(x), before)
+
+
+def test_a_patched_call_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tracers and profilers do it."""
+    called = []
+    call = tnn.Module.__call__
+    monkeypatch.setattr(tnn.Module, "__call__", lambda self, *a: (called.append(self), call(self, *a))[1])
+    model = network(nn)
+    model(torch.randn(3, 7))
+    assert called == [model, *model]
 
 
 def test_a_patched_class_counts(monkeypatch: pytest.MonkeyPatch) -> None:

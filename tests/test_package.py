@@ -59,10 +59,12 @@ def test_importing_the_folder_kernels_says_what_it_is() -> None:
     assert "ImportError: 'kernels' is the source folder of fusedmlp's Triton kernels" in run.stderr
 
 
-def test_a_checkout_that_is_not_installed_finds_its_kernels(tmp_path: pathlib.Path) -> None:
-    """Isolated from an installed copy: only this path, the interpreter's own and torch's."""
+def test_a_checkout_that_is_not_installed_finds_its_kernels() -> None:
+    """Without the finder that an editable install puts in the way."""
     code = (
-        "import importlib.util, fusedmlp\n"
+        "import sys, importlib.util\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
+        "import fusedmlp\n"
         "print(fusedmlp.__file__, importlib.util.find_spec('fusedmlp.kernels').origin)"
     )
     run = python(code, cwd=ROOT)
@@ -128,9 +130,23 @@ def test_the_command_line_says_what_is_here_and_checks_itself() -> None:
     assert "times PyTorch's own: right" in run.stdout
     assert "Linear(20, 10)+ReLU" in run.stdout
     assert max(map(len, run.stdout.splitlines())) <= 160
-    refused = subprocess.run([*command[:4], "7"], cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "--mlp takes two widths or more" in refused.stderr
+    for arguments, message in (
+        (["--mlp", "7"], "--mlp takes two widths or more"),
+        (["--device", "toaster"], "--device toaster cannot be used"),
+        (["--device", "meta"], "--device meta cannot be used"),
+    ):
+        refused = subprocess.run([*command[:3], *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+
+
+def test_the_self_check_notices_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedmlp import __main__, _reference
+
+    device = torch.device("cpu")
+    assert __main__.worst_error(device, torch.float32, "torch") <= 1
+    monkeypatch.setattr(_reference, "linear_forward", lambda x, w, b, relu: (x @ w.t() + b) * float("nan"))
+    assert not __main__.worst_error(device, torch.float32, "auto") <= 2
 
 
 # Each room imports only rooms below it: nn -> functional -> _autograd -> _dispatch -> {_reference, kernels}
