@@ -10,8 +10,9 @@ import triton
 from ._tiles import ITEMSIZE, Tile
 
 # Passed to every launch. Fused multiply-add is Triton's default up to 3.9; said here so that a release
-# that changes the default does not change the results.
-COMPILE_OPTIONS = {"enable_fp_fusion": True}
+# that changes the default does not change the results. Left without a limit on registers, ptxas aims at a
+# number of resident programs and spills a few bytes for it; 255 is the most that a thread can have.
+COMPILE_OPTIONS = {"enable_fp_fusion": True, "maxnreg": 255}
 
 
 class Device(NamedTuple):

@@ -23,7 +23,7 @@ class Tile(NamedTuple):
 TILES: dict[str, tuple[Tile, ...]] = {
     "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
     "tf32": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
-    "ieee": (Tile(64, 32, 32, 4, 3),),
+    "ieee": (Tile(64, 64, 16, 8, 3),),
 }
 
 # Operands whose rows do not start on 16 bytes cannot be copied asynchronously in 16-byte pieces: every

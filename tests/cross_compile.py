@@ -45,24 +45,37 @@ class Spec(NamedTuple):
     tile: Tile | None = None
 
 
+# What of an irregular product is not a multiple of 16, as Triton sees it: everything, or one odd size and
+# with it the pitches that are that size (784 -> 10: only N), or nothing, where strides are huge.
+IRREGULAR_SHAPES = ("all odd", "N odd", "K odd", "all even")
+
+
 def products(
-    kernel: Any, operands: tuple[str, ...], blocks: tuple[str, ...], variants: dict[str, dict[str, Any]]
+    kernel: Any,
+    operands: tuple[str, ...],
+    pitches: dict[str, str],  # pitch of an operand with contiguous rows -> the size that it is
+    blocks: tuple[str, ...],
+    variants: dict[str, dict[str, Any]],
 ) -> Iterator[Spec]:
     """One of the three products, in every variant, with every tile and dtype; a stride of 1 is a constant."""
-    ships = [(kind, tile, True) for kind, tiles in TILES.items() for tile in tiles]
-    ships += [(kind, tile, False) for kind, tile in IRREGULAR.items()]
-    for (variant, given), (kind, tile, regular) in itertools.product(variants.items(), ships):
-        for dtype in DTYPES[kind] if not (regular and "transposed" in variant) else ():
-            multiple = ":16" if regular else ""
-            arguments = dict.fromkeys(kernel.arg_names, f"i32{multiple}")
+    ships = [(kind, tile, "regular") for kind, tiles in TILES.items() for tile in tiles]
+    ships += [(kind, tile, shape) for kind, tile in IRREGULAR.items() for shape in IRREGULAR_SHAPES]
+    for (variant, given), (kind, tile, shape) in itertools.product(variants.items(), ships):
+        if "transposed" in variant and shape != "all odd":  # transposed operands are irregular
+            continue
+        for dtype in DTYPES[kind]:
+            multiple = "" if shape == "all odd" else ":16"
+            arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, f"i32{multiple}")
             arguments |= dict.fromkeys(operands, f"*{dtype}{multiple}")
+            odd = shape[0]
+            arguments |= {name: "i32" for name, size in [*pitches.items(), (odd, odd)] if size == odd}
             arguments |= dict(zip(blocks, (tile.BLOCK_R, tile.BLOCK_C, tile.BLOCK_K, GROUP_R), strict=True))
             arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
-            arguments |= {"UPCAST": False, "WIDE": not regular, "M": "i32"} | given
+            arguments |= {"UPCAST": False, "WIDE": shape != "regular", "M": "i32"} | given
             if arguments.get("bias_ptr") == "like x":
                 arguments["bias_ptr"] = arguments["x_ptr"]
-            shape = "regular" if regular else "irregular"
-            name = f"{kernel.__name__} {dtype} {kind} {shape} {tuple(tile)} {variant}"
+            name = f"{kernel.__name__} {dtype} {kind} {tuple(tile)} {shape} {variant}"
+            arguments = {key: value for key, value in arguments.items() if key in kernel.arg_names}
             yield Spec(name, kernel, arguments, kind, tile)
 
 
@@ -73,6 +86,7 @@ def specs(which: str) -> Iterator[Spec]:
         yield from products(
             _linear_forward_kernel,
             ("x_ptr", "weight_ptr", "y_ptr"),
+            {"stride_xm": "K", "stride_wn": "K"},
             ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M"),
             {
                 "relu and bias": layer | {"stride_xk": 1},
@@ -84,6 +98,7 @@ def specs(which: str) -> Iterator[Spec]:
         yield from products(
             _grad_input_kernel,
             ("grad_z_ptr", "weight_ptr", "grad_x_ptr"),
+            {"stride_zm": "N", "stride_wn": "K"},
             ("BLOCK_M", "BLOCK_K", "BLOCK_N", "GROUP_M"),
             {
                 "": {"stride_zn": 1, "stride_wk": 1},
@@ -95,6 +110,7 @@ def specs(which: str) -> Iterator[Spec]:
         yield from products(
             _grad_weight_kernel,
             ("grad_z_ptr", "x_ptr", "out_ptr"),
+            {"stride_zm": "N", "stride_xm": "K"},
             ("BLOCK_N", "BLOCK_K", "BLOCK_M", "GROUP_N"),
             {
                 "": counts | {"stride_zn": 1, "stride_xk": 1},

@@ -1,5 +1,7 @@
 """Every launcher against float64: on the GPU if there is one, else in Triton's interpreter."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -222,6 +224,29 @@ def test_offsets_past_31_bits(pitch: int, device: torch.device) -> None:
         near = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments]
         expected = getattr(kernels(), launcher)(*near)
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind"),
+    [
+        ("", "ieee"),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
+        ("torch.set_float32_matmul_precision('high')", "tf32"),
+        ("torch.set_float32_matmul_precision('highest')", "ieee"),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
+        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+        (
+            "torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+            "ieee",
+        ),
+    ],
+)
+def test_float32_arithmetic_follows_torchs_settings(setting: str, kind: str) -> None:
+    """In a process of its own: the settings are global, and their old and new forms do not mix."""
+    imports = "import torch; from fusedmlp.kernels._launch import arithmetic"
+    code = f"{imports}\n{setting}\nprint(arithmetic(torch.float32))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == kind, run.stderr
 
 
 @pytest.mark.gpu
