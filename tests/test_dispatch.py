@@ -27,12 +27,16 @@ class Watching(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def tensors(device: Any = "cpu", dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+# Where the kernels can run: on CPU tensors that is Triton's interpreter.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tensors(device: Any = DEVICE, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(s, device=device, dtype=dtype) for s in ((3, 4), (2, 4), (2,)))
 
 
 def test_on_a_cpu_the_reason_is_the_cpu() -> None:
-    reason = why_not_fused(*tensors())
+    reason = why_not_fused(*tensors("cpu"))
     assert reason == "x is on the cpu, and the kernels run on CUDA devices"
     with fusedmlp.backend("torch"):
         assert why_not_fused(*tensors()) == "backend('torch') is in force"
@@ -80,9 +84,9 @@ SPECIAL: dict[str, tuple[Callable[[], tuple[Any, ...]], Callable[[], AbstractCon
     "weight is on meta": (lambda: (tensors()[0], tensors("meta")[1], tensors()[2]), nullcontext),
     "meta": (lambda: tensors("meta"), nullcontext),
     "sparse": (lambda: (tensors()[0].to_sparse(), *tensors()[1:]), nullcontext),
-    "shapes do not fit: x": (lambda: (torch.randn(3, 5), *tensors()[1:]), nullcontext),
-    "shapes do not fit: bias": (lambda: (*tensors()[:2], torch.randn(7)), nullcontext),
-    "autocast": (tensors, lambda: torch.autocast("cpu")),
+    "shapes do not fit: x": (lambda: (torch.randn(3, 5, device=DEVICE), *tensors()[1:]), nullcontext),
+    "shapes do not fit: bias": (lambda: (*tensors()[:2], torch.randn(7, device=DEVICE)), nullcontext),
+    "autocast": (tensors, lambda: torch.autocast(DEVICE, torch.float16)),
     "forward-mode": (tensors, forward_mode),
     "TorchDispatchMode": (tensors, TorchDispatchMode),
     "TorchFunctionMode": (tensors, Watching),
@@ -91,7 +95,6 @@ SPECIAL: dict[str, tuple[Callable[[], tuple[Any, ...]], Callable[[], AbstractCon
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU tensors here need Triton's interpreter")
 @pytest.mark.parametrize("reason", SPECIAL)
 def test_every_special_case_is_named_and_forcing_raises_it(reason: str) -> None:
     make, context = SPECIAL[reason]
@@ -107,7 +110,6 @@ def test_every_special_case_is_named_and_forcing_raises_it(reason: str) -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU tensors here need Triton's interpreter")
 def test_transforms_and_tracing_are_named() -> None:
     x, weight, bias = tensors()
     reasons: list[str | None] = []
@@ -125,9 +127,8 @@ def test_transforms_and_tracing_are_named() -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU tensors here need Triton's interpreter")
 def test_a_default_device_does_not_stop_the_kernels() -> None:
-    with fusedmlp.backend("triton"), torch.device("cpu"):
+    with fusedmlp.backend("triton"), torch.device(DEVICE):
         assert why_not_fused(*tensors()) is None
 
 
