@@ -125,7 +125,7 @@ def _why_impossible(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     if x.dtype not in _DTYPES:
         return f"there are kernels for float32, float16 and bfloat16, not for {x.dtype}"
     if not all(_is_plain_memory(tensor) for _, tensor in named):
-        return "a tensor is sparse, or a lazy conjugate or negative"
+        return "a tensor is sparse or nested, or a lazy conjugate or negative"
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return f"the shapes do not fit: x {tuple(x.shape)}, weight {tuple(weight.shape)}"
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -187,8 +187,13 @@ def backward_operators(grad_output: torch.Tensor) -> ModuleType:
 
 
 def _is_plain_memory(tensor: torch.Tensor) -> bool:
-    """Whether the values are what lies in memory: not sparse, not to be conjugated or negated when read."""
-    return tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
+    """Whether shape and strides say where the values lie: not sparse, nested or lazily negated."""
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_nested
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
 
 
 @functools.cache

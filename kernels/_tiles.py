@@ -26,8 +26,8 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "ieee": (Tile(64, 64, 16, 8, 3),),
 }
 
-# Operands whose rows do not start on 16 bytes cannot be copied asynchronously in 16-byte pieces: every
-# element passes through registers then, and only small tiles leave room for that.
+# For operands that are not regular (_launch.is_regular): copied in smaller pieces or element by element,
+# through registers, with 64-bit offsets, and only small tiles leave room for that.
 IRREGULAR: dict[str, Tile] = {
     "half": Tile(64, 64, 32, 4, 3),
     "tf32": Tile(64, 64, 32, 8, 3),

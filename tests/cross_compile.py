@@ -67,7 +67,7 @@ def products(
             multiple = "" if shape == "all odd" else ":16"
             arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, f"i32{multiple}")
             arguments |= dict.fromkeys(operands, f"*{dtype}{multiple}")
-            odd = shape[0]
+            odd = shape[0]  # the size N or K, where the shape names one
             arguments |= {name: "i32" for name, size in [*pitches.items(), (odd, odd)] if size == odd}
             arguments |= dict(zip(blocks, (tile.BLOCK_R, tile.BLOCK_C, tile.BLOCK_K, GROUP_R), strict=True))
             arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}

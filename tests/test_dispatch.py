@@ -84,6 +84,13 @@ SPECIAL: dict[str, tuple[Callable[[], tuple[Any, ...]], Callable[[], AbstractCon
     "weight is on meta": (lambda: (tensors()[0], tensors("meta")[1], tensors()[2]), nullcontext),
     "meta": (lambda: tensors("meta"), nullcontext),
     "sparse": (lambda: (tensors()[0].to_sparse(), *tensors()[1:]), nullcontext),
+    "sparse or nested": (
+        lambda: (
+            torch.nested.nested_tensor(list(tensors()[0].split(1)), layout=torch.strided),
+            *tensors()[1:],
+        ),
+        nullcontext,
+    ),
     "shapes do not fit: x": (lambda: (torch.randn(3, 5, device=DEVICE), *tensors()[1:]), nullcontext),
     "shapes do not fit: bias": (lambda: (*tensors()[:2], torch.randn(7, device=DEVICE)), nullcontext),
     "autocast": (tensors, lambda: torch.autocast(DEVICE, torch.float16)),
