@@ -1,57 +1,105 @@
-"""The autograd.Function of the fused layer: what is saved, when and why."""
+"""The autograd.Function of the fused chain: what is saved, when and why."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from fusedmlp import _dispatch
+from fusedmlp import _dispatch, _reference
 
 
-class FusedLinear(torch.autograd.Function):
-    """``y = relu(x @ weight.T + bias)`` or without ReLU; x (M, K), weight (N, K), bias (N,) or None.
+class FusedMLP(torch.autograd.Function):
+    """Linear, ReLU, Linear, ...; x (M, K), count weights (N, K), count biases (N,) or None: (M, N).
 
     ``ctx`` in ``forward``: with ``setup_context`` a call costs four times as much.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool
+        ctx: Any, x: torch.Tensor, final_relu: bool, count: int, *parameters: torch.Tensor | None
     ) -> torch.Tensor:
-        y: torch.Tensor = _dispatch.kernels().linear_forward(x, weight, bias, relu)
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if need_weight else None,
-            weight if need_x else None,
-            # The output tells where ReLU was active, and is kept anyway: it is the next layer's input.
-            y if relu and (need_x or need_weight or need_bias) else None,
+        weights, biases = parameters[:count], parameters[count:]
+        need = ctx.needs_input_grad
+        need_x, need_weights, need_biases = need[0], need[3 : 3 + count], need[3 + count :]
+        lowest = 0
+        while not (need_x or need_weights[lowest] or need_biases[lowest]):
+            lowest += 1
+        # A hidden layer's output tells where its ReLU was active and is the next layer's input, both at
+        # once. Layers below the lowest that needs a gradient leave nothing behind.
+        ys: list[torch.Tensor] = _dispatch.kernels().mlp_forward(
+            x, weights, biases, final_relu, keep=max(0, lowest - 1)
         )
-        return y
+        activations: list[torch.Tensor | None] = [None] * lowest + ([x, *ys] if lowest == 0 else ys)
+        start = activations[lowest]
+        if not need_weights[lowest]:
+            activations[lowest] = None
+        if not final_relu:
+            activations[-1] = None
+        first = lowest if need_x else lowest + 1  # layers from here on have an input gradient to compute
+        ctx.save_for_backward(*activations, *[None] * first, *weights[first:])
+        # What only create_graph=True wants, to compute the hidden layers anew: inputs of this function, whose
+        # change in place nn.Linear allows, so they are not saved but looked at when it comes to that.
+        ctx.only_for_create_graph = []
+        if any(need_weights[lowest + 1 :]):
+            rest = (start, weights[lowest], *biases[lowest:-1])
+            ctx.only_for_create_graph = [(t, 0 if t is None else t._version) for t in rest]
+        ctx.settings = final_relu, lowest, need_x, need_weights, need_biases
+        return ys[-1]
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
-        x, weight, y = ctx.saved_tensors
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        final_relu, lowest, need_x, need_weights, need_biases = ctx.settings
+        count = len(need_weights)
+        saved = list(ctx.saved_tensors)  # once: checkpointing recomputes them at each look
+        activations, weights = saved[: count + 1], saved[count + 1 :]
         operators = _dispatch.backward_operators(grad_output)
-        if y is not None:
-            # grad_output and the saved tensors are others' too: grad_z is a new tensor.
-            grad_z, grad_bias = operators.relu_backward(grad_output, y, need_bias)
-        else:
-            grad_z, grad_bias = grad_output, operators.grad_bias(grad_output) if need_bias else None
-        grad_x = operators.grad_input(grad_z, weight) if need_x else None
-        grad_weight = operators.grad_weight(grad_z, x) if need_weight else None
-        return grad_x, grad_weight, grad_bias, None
+        if torch.is_grad_enabled() and ctx.only_for_create_graph:
+            _recompute(ctx.only_for_create_graph, lowest, activations, weights)
+        grad_x, grad_weights, grad_biases = operators.mlp_backward(
+            grad_output, activations, weights, final_relu, lowest, need_x, need_weights, need_biases
+        )
+        return grad_x, None, None, *grad_weights, *grad_biases
 
 
-def fused_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool
+def _recompute(
+    rest: list[tuple[torch.Tensor, int]],
+    lowest: int,
+    activations: list[torch.Tensor | None],
+    weights: list[torch.Tensor],
+) -> None:
+    """Put the hidden activations in place as functions of x and the parameters.
+
+    The saved ones are constants to autograd: second derivatives through them would silently be missing.
+    """
+    for tensor, version in rest:
+        if tensor is not None and tensor._version != version:
+            raise RuntimeError(
+                "create_graph=True needs the chain's input and parameters as they were in its forward, but "
+                f"one of shape {tuple(tensor.shape)} has been modified by an inplace operation since"
+            )
+    x, weight, *biases = (tensor for tensor, _ in rest)
+    activations[lowest] = x
+    for i, bias in enumerate(biases, lowest):
+        x = _reference.linear_forward(x, weight if i == lowest else weights[i], bias, True)
+        activations[i + 1] = x
+
+
+def fused_mlp(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    final_relu: bool,
 ) -> torch.Tensor:
-    """The fused layer for tensors that ``why_not_fused`` lets through; x (..., K), any strides."""
+    """The fused chain for tensors that ``why_not_fused`` lets through; x (..., K), any strides."""
     # Reshaped outside the Function: a view returned from inside one cannot be modified in place.
+    y: torch.Tensor
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        x.requires_grad
+        or any(weight.requires_grad for weight in weights)
+        or any(bias is not None and bias.requires_grad for bias in biases)
     ):
-        y: torch.Tensor = FusedLinear.apply(rows, weight, bias, relu)
+        y = FusedMLP.apply(rows, final_relu, len(weights), *weights, *biases)
     else:
-        y = _dispatch.kernels().linear_forward(rows, weight, bias, relu)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+        (y,) = _dispatch.kernels().mlp_forward(rows, weights, biases, final_relu, keep=len(weights) - 1)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weights[-1].shape[0])

@@ -8,9 +8,9 @@ import functools
 import importlib
 import importlib.util
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -35,13 +35,30 @@ _LEAST_FLOPS = 1e9
 _MOST_INTENSITY = 150
 
 
+class Run(NamedTuple):
+    """A stretch of layers as it ran: what explain() is told."""
+
+    x: torch.Tensor
+    weights: Sequence[torch.Tensor]
+    biases: Sequence[torch.Tensor | None]
+    final_relu: bool
+    reason: str | None  # why not on the kernels
+
+
 class _Chosen(threading.local):
-    """What backend() chose in this thread. torch.compile cannot trace a ContextVar in torch 2.11."""
+    """What holds in this thread. torch.compile cannot trace a ContextVar in torch 2.11."""
 
     backend: Backend = "auto"
+    runs: list[Run] | None = None  # being recorded
+    quiet: bool = True  # neither forced nor recorded: what a call on the CPU looks at
 
 
 _chosen = _Chosen()
+
+
+def _choose(backend: Backend, runs: list[Run] | None) -> None:
+    _chosen.backend, _chosen.runs = backend, runs
+    _chosen.quiet = backend != "triton" and runs is None
 
 
 @contextlib.contextmanager
@@ -62,11 +79,28 @@ def backend(name: Backend) -> Iterator[None]:
     if name not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {name!r}")
     before = _chosen.backend
-    _chosen.backend = name
+    _choose(name, _chosen.runs)
     try:
         yield
     finally:
-        _chosen.backend = before
+        _choose(before, _chosen.runs)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Run]]:
+    """Inside, in this thread, every stretch of fused layers that runs is put into the list."""
+    before = _chosen.runs
+    runs: list[Run] = []
+    _choose(_chosen.backend, runs)
+    try:
+        yield runs
+    finally:
+        _choose(_chosen.backend, before)
+
+
+def record(run: Run) -> None:
+    if _chosen.runs is not None:
+        _chosen.runs.append(run)
 
 
 def forced() -> bool:
@@ -74,9 +108,14 @@ def forced() -> bool:
     return _chosen.backend == "triton"
 
 
+def quiet() -> bool:
+    """Whether a call with nothing to fuse may go straight to PyTorch: neither forced nor recorded."""
+    return _chosen.quiet
+
+
 def surely_unfused(x: torch.Tensor) -> bool:
     """A quick sign that why_not_fused has a reason, for who needs no words: on a CPU every call counts."""
-    return type(x) is torch.Tensor and x.is_cpu and _chosen.backend != "triton"
+    return type(x) is torch.Tensor and x.is_cpu and _chosen.quiet
 
 
 def why_not_fused(
@@ -90,18 +129,36 @@ def why_not_fused(
     >>> fusedmlp.functional.why_not_fused(torch.randn(8, 4), torch.randn(2, 4))
     "x is on the cpu, and the kernels run on CUDA devices"
     """
+    return why_not_fused_mlp(x, [weight], [bias], final_relu=relu)
+
+
+def why_not_fused_mlp(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    *,
+    final_relu: bool = False,
+) -> str | None:
+    """The same for a chain of layers with a ReLU between them, the arguments those of :func:`mlp`.
+
+    >>> layers = [torch.randn(3, 4), torch.randn(2, 3)]
+    >>> fusedmlp.functional.why_not_fused_mlp(torch.randn(8, 4), layers, [None, None])
+    "x is on the cpu, and the kernels run on CUDA devices"
+    """
     if torch.compiler.is_compiling():
         return "torch.compile is tracing, and fuses PyTorch's own operators itself"
     name = _chosen.backend
     if name == "torch":
         return "backend('torch') is in force"
-    reason = _why_impossible(x, weight, bias)
+    reason = _why_impossible(x, weights, biases)
     if reason is None and name == "auto":
-        reason = _why_not_worth_it(x, weight, relu)
+        reason = _why_not_worth_it(x, weights, final_relu)
     return reason
 
 
-def _why_impossible(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+def _why_impossible(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> str | None:
     # What every call on a CPU meets comes first, what costs most comes last.
     # torch.set_default_device() and `with torch.device(...)` are such a mode too, and change nothing here.
     # Before anything else is asked of a tensor: such a mode sees that as well.
@@ -109,28 +166,36 @@ def _why_impossible(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
     ):
         return "a TorchFunctionMode is active, and sees PyTorch's own functions only"
-    named = (("x", x), ("weight", weight)) if bias is None else (("x", x), ("weight", weight), ("bias", bias))
-    for what, tensor in named:
+    tensors = (x, *weights, *(bias for bias in biases if bias is not None))
+    for tensor in tensors:
         if type(tensor) not in _PLAIN:
+            what = _name(tensor, x, weights, biases)
             return f"{what} is a {type(tensor).__name__}, not a plain torch.Tensor"
     if not x.is_cuda and not _interpreted(x):
         return f"x is on the {x.device.type}, and the kernels run on CUDA devices"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
-    for what, tensor in named[1:]:
+    for tensor in tensors[1:]:
         if tensor.device != x.device:
-            return f"{what} is on {tensor.device}, x on {x.device}"
+            return f"{_name(tensor, x, weights, biases)} is on {tensor.device}, x on {x.device}"
         if tensor.dtype != x.dtype:
-            return f"{what} is {tensor.dtype}, x {x.dtype}"
+            return f"{_name(tensor, x, weights, biases)} is {tensor.dtype}, x {x.dtype}"
     if x.dtype not in _DTYPES:
         return f"there are kernels for float32, float16 and bfloat16, not for {x.dtype}"
-    if not all(_is_plain_memory(tensor) for _, tensor in named):
+    if not all(_is_plain_memory(tensor) for tensor in tensors):
         return "a tensor is sparse or nested, or a lazy conjugate or negative"
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        return f"the shapes do not fit: x {tuple(x.shape)}, weight {tuple(weight.shape)}"
-    if bias is not None and bias.shape != weight.shape[:1]:
-        return f"the shapes do not fit: bias {tuple(bias.shape)}, weight {tuple(weight.shape)}"
-    if max(x.numel() // max(x.shape[-1], 1), *weight.shape) > _LARGEST:
+    before, columns = x, x.shape[-1] if x.dim() else None
+    for weight, bias in zip(weights, biases, strict=True):
+        wrong = None
+        if weight.dim() != 2 or columns != weight.shape[1]:
+            wrong = before
+        elif bias is not None and bias.shape != weight.shape[:1]:
+            wrong = bias
+        if wrong is not None:
+            pair = ", ".join(f"{_name(t, x, weights, biases)} {tuple(t.shape)}" for t in (wrong, weight))
+            return f"the shapes do not fit: {pair}"
+        before, columns = weight, weight.shape[0]
+    if max(x.numel() // max(x.shape[-1], 1), *(max(weight.shape) for weight in weights)) > _LARGEST:
         return f"a dimension is over {_LARGEST}"
     if not has_triton():
         return "Triton is not installed"
@@ -149,24 +214,47 @@ def _why_impossible(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return None
 
 
-def _why_not_worth_it(x: torch.Tensor, weight: torch.Tensor, relu: bool) -> str | None:
-    N, K = weight.shape
-    flops = 2 * x.numel() * N
-    if not relu:
+def _name(
+    tensor: torch.Tensor,
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+) -> str:
+    """What the caller calls this one of a chain's tensors."""
+    if tensor is x:
+        return "x"
+    one = len(weights) == 1
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if tensor is weight:
+            return "weight" if one else f"weights[{i}]"
+        if tensor is bias:
+            return "bias" if one else f"biases[{i}]"
+    raise AssertionError("not one of the chain's tensors")
+
+
+def _why_not_worth_it(x: torch.Tensor, weights: Sequence[torch.Tensor], final_relu: bool) -> str | None:
+    count = len(weights)
+    if count == 1 and not final_relu:
         return "a Linear without a ReLU leaves nothing to fuse"
-    if flops < _LEAST_FLOPS:
-        return f"{flops / 1e9:.2g} GFLOP is too little to pay for launching kernels from Python"
+    # Of a chain the averages count.
+    products = sum(weight.numel() for weight in weights)
+    flops = 2 * x.numel() // max(x.shape[-1], 1) * products
+    if flops < _LEAST_FLOPS * count:
+        much = f"{flops / 1e9:.2g} GFLOP" + (f" in {count} layers" if count > 1 else "")
+        return f"{much} is too little to pay for launching kernels from Python"
     if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "IEEE float32 is limited by arithmetic, where cuBLAS is trusted to be faster"
-    if N * K / (N + K) > _MOST_INTENSITY:
-        return f"a layer of {K} to {N} is limited by arithmetic, where cuBLAS is trusted to be faster"
+    if products / sum(N + K for N, K in (weight.shape for weight in weights)) > _MOST_INTENSITY:
+        widths = " to ".join(map(str, [weights[0].shape[1], *(weight.shape[0] for weight in weights)]))
+        what = "a layer" if count == 1 else "a chain"
+        return f"{what} of {widths} is limited by arithmetic, where cuBLAS is trusted to be faster"
     if kernels().interpreting():
         return "TRITON_INTERPRET is set, and Triton's interpreter runs only under backend('triton')"
     return None
 
 
 def backward_operators(grad_output: torch.Tensor) -> ModuleType:
-    """The room with relu_backward, grad_bias, grad_input, grad_weight for a layer whose forward was fused.
+    """The room whose mlp_backward is right for a chain whose forward was fused.
 
     With grad mode on (``create_graph=True``), under vmap (``is_grads_batched=True``), forward-mode
     differentiation or a compiler, and for a gradient that is not plain memory, only PyTorch's own operators

@@ -4,6 +4,8 @@ Everything here is differentiable by torch's own autograd, works in any dtype an
 ``torch.nn.functional.linear`` followed by ``relu`` computes, bit for bit.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
@@ -21,24 +23,61 @@ def linear_forward(
     return y.relu_() if type(y) is torch.Tensor else F.relu(y)
 
 
-def relu_backward(
-    grad_output: torch.Tensor, y: torch.Tensor, need_grad_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``(grad_z, grad_bias or None)`` from the gradient and the output y of ReLU, both (M, N)."""
-    grad_z = torch.ops.aten.threshold_backward(grad_output, y, 0)
-    return grad_z, grad_bias(grad_z) if need_grad_bias else None
+def mlp_forward(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    final_relu: bool,
+    keep: int,
+) -> list[torch.Tensor]:
+    """``x (..., K)`` through each ``weight (N, K)``, a ReLU between them and, if ``final_relu``, after the
+    last: the outputs ``(..., N)`` of the layers from number ``keep`` on."""
+    ys = []
+    last = len(weights) - 1
+    for i, weight in enumerate(weights):
+        x = linear_forward(x, weight, biases[i], final_relu or i < last)
+        if i >= keep:
+            ys.append(x)
+    return ys
 
 
-def grad_bias(grad_z: torch.Tensor) -> torch.Tensor:
-    """``grad_z.sum(0)``: (N,)."""
-    return grad_z.sum(0)
+def mlp_backward(
+    grad_output: torch.Tensor,
+    activations: Sequence[torch.Tensor | None],
+    weights: Sequence[torch.Tensor | None],
+    final_relu: bool,
+    lowest: int,
+    need_x: bool,
+    need_weights: Sequence[bool],
+    need_biases: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """``(grad_x, grad_weights, grad_biases)``, each None where it is not needed.
+
+    grad_output (M, N); activations: x and every layer's output, None for those that are not looked at: below
+    the layer ``lowest``, the lowest that needs a gradient (0 for x), there is nothing to do.
+    """
+    count = len(weights)
+    grad_x = None
+    grad_weights: list[torch.Tensor | None] = [None] * count
+    grad_biases: list[torch.Tensor | None] = [None] * count
+    grad_z = relu_backward(grad_output, activations[-1]) if final_relu else grad_output
+    for i in range(count - 1, lowest - 1, -1):
+        x, weight = activations[i], weights[i]
+        if need_biases[i]:
+            grad_biases[i] = grad_z.sum(0)
+        if need_weights[i]:
+            assert x is not None
+            grad_weights[i] = grad_z.t() @ x
+        if i > lowest:
+            assert weight is not None
+            grad_z = relu_backward(grad_z @ weight, x)
+        elif need_x:
+            assert weight is not None
+            grad_x = grad_z @ weight
+    return grad_x, grad_weights, grad_biases
 
 
-def grad_input(grad_z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``grad_z (M, N) @ weight (N, K)``: (M, K)."""
-    return grad_z @ weight
-
-
-def grad_weight(grad_z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """``grad_z.T (N, M) @ x (M, K)``: (N, K)."""
-    return grad_z.t() @ x
+def relu_backward(grad_output: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+    """torch's rule, from the ReLU's output y: 0 where y <= 0, grad_output everywhere else."""
+    grad_z: torch.Tensor = torch.ops.aten.threshold_backward(grad_output, y, 0)
+    return grad_z

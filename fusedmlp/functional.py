@@ -1,13 +1,23 @@
-"""Linear and Linear+ReLU as functions: what ``torch.nn.functional`` has, with the pair fused."""
+"""Linear, Linear+ReLU and whole chains of them as functions: ``torch.nn.functional``'s, fused."""
+
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
 
 from fusedmlp import _reference
-from fusedmlp._autograd import fused_linear
-from fusedmlp._dispatch import forced, surely_unfused, why_not_fused
+from fusedmlp._autograd import fused_mlp
+from fusedmlp._dispatch import (
+    Run,
+    forced,
+    quiet,
+    record,
+    surely_unfused,
+    why_not_fused,
+    why_not_fused_mlp,
+)
 
-__all__ = ["linear", "linear_relu", "why_not_fused"]
+__all__ = ["linear", "linear_relu", "mlp", "why_not_fused", "why_not_fused_mlp"]
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -21,9 +31,9 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     """
     try:
         # Without a ReLU there is nothing to fuse: why_not_fused says so of every call that is not forced.
-        if not forced():
+        if quiet():
             return F.linear(input, weight, bias)
-        return _fused_or_reason(input, weight, bias, False)
+        return _fused_or_reason(input, [weight], [bias], False)
     except RuntimeError as error:
         _raise_clearer(error, input, weight, bias)
         raise
@@ -40,26 +50,63 @@ def linear_relu(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     try:
         if surely_unfused(input):
             return _reference.linear_forward(input, weight, bias, True)
-        return _fused_or_reason(input, weight, bias, True)
+        return _fused_or_reason(input, [weight], [bias], True)
     except RuntimeError as error:
         _raise_clearer(error, input, weight, bias)
         raise
 
 
-def _fused_or_reason(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool
+def mlp(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    *,
+    final_relu: bool = False,
 ) -> torch.Tensor:
-    reason = why_not_fused(input, weight, bias, relu=relu)
+    """Linear, ReLU, Linear, ReLU, ..., Linear, and with ``final_relu`` a last ReLU, as one operation.
+
+    x ``(..., K)``; weights ``(N, K)`` each, the K of one the N of the one before; biases ``(N,)`` or None for
+    each weight; of one dtype on one device. Returns ``(..., N)`` of the last. Raises ValueError unless there
+    is one bias or None for each of at least one weight, and else what :func:`linear` raises.
+
+    In the backward the ReLU's mask and the bias gradient of a hidden layer are computed in the product that
+    makes its gradient, so that no pass over the activations is left.
+
+    >>> mlp(torch.randn(8, 4), [torch.randn(3, 4), torch.randn(2, 3)], [torch.randn(3), None]).shape
+    torch.Size([8, 2])
+    """
+    if len(weights) != len(biases) or not weights:
+        raise ValueError(
+            f"mlp needs at least one weight, and for each a bias or None, "
+            f"got {len(weights)} weights and {len(biases)} biases"
+        )
+    try:
+        if surely_unfused(x):
+            return _reference.mlp_forward(x, weights, biases, final_relu, len(weights) - 1)[0]
+        return _fused_or_reason(x, weights, biases, final_relu)
+    except RuntimeError as error:
+        for weight, bias in zip(weights, biases, strict=True):
+            _raise_clearer(error, x, weight, bias)
+            if type(x) is torch.Tensor and weight.dim() == 2:
+                # This layer was right: the next one's input, as far as its shape is concerned.
+                x = x.new_empty(()).expand(*x.shape[:-1], weight.shape[0])
+        raise
+
+
+def _fused_or_reason(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    final_relu: bool,
+) -> torch.Tensor:
+    reason = why_not_fused_mlp(x, weights, biases, final_relu=final_relu)
+    if not torch.compiler.is_compiling():
+        record(Run(x, weights, biases, final_relu, reason))
+        if reason is not None and forced() and all(isinstance(t, torch.Tensor) for t in (x, *weights)):
+            raise RuntimeError(f"backend('triton') is in force, but {reason}")
     if reason is None:
-        return fused_linear(input, weight, bias, relu)
-    if (
-        forced()
-        and not torch.compiler.is_compiling()
-        and isinstance(input, torch.Tensor)
-        and isinstance(weight, torch.Tensor)
-    ):
-        raise RuntimeError(_mistake(input, weight, bias) or f"backend('triton') is in force, but {reason}")
-    return _reference.linear_forward(input, weight, bias, relu)
+        return fused_mlp(x, weights, biases, final_relu)
+    return _reference.mlp_forward(x, weights, biases, final_relu, len(weights) - 1)[0]
 
 
 def _raise_clearer(

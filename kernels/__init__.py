@@ -11,10 +11,7 @@ if __name__ == "kernels":
         "run Python from outside the fusedmlp checkout."
     )
 
-from ._launch import interpreting
-from .forward import linear_forward
-from .grad_input import grad_input
-from .grad_weight import grad_weight
-from .relu_backward import grad_bias, relu_backward
+from ._launch import dry_run, interpreting
+from .mlp import mlp_backward, mlp_forward
 
-__all__ = ["grad_bias", "grad_input", "grad_weight", "interpreting", "linear_forward", "relu_backward"]
+__all__ = ["dry_run", "interpreting", "mlp_backward", "mlp_forward"]

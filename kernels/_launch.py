@@ -1,7 +1,9 @@
 """What the launchers share on the host: the device's limits, the right current device, the arithmetic."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -50,8 +52,29 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+class _DryRun(threading.local):
+    launches: list[str] | None = None
+
+
+_dry_run = _DryRun()
+
+
+@contextlib.contextmanager
+def dry_run() -> Iterator[list[str]]:
+    """Inside, launchers launch nothing, in this thread; the list gets the names of what they would have."""
+    before = _dry_run.launches
+    _dry_run.launches = []
+    try:
+        yield _dry_run.launches
+    finally:
+        _dry_run.launches = before
+
+
 def launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor, *args: Any, **meta: Any) -> None:
     """Run ``kernel`` on x's device, which need not be the current one."""
+    if _dry_run.launches is not None:
+        _dry_run.launches.append(kernel.__name__.strip("_").removesuffix("_kernel"))
+        return
     run: Callable[..., Any] = kernel[grid]
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):

@@ -1,5 +1,7 @@
 """Which tile a product uses: a small explicit table and a pure function, testable without a GPU."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -11,10 +13,12 @@ class Tile(NamedTuple):
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False  # operands and output through tensor descriptors (TMA, sm_90 and newer)
 
     def shared_memory(self, itemsize: int) -> int:
-        """Bytes of the operands' buffers in shared memory, the whole need of these kernels."""
-        return (self.BLOCK_R + self.BLOCK_C) * self.BLOCK_K * itemsize * self.num_stages
+        """Bytes of shared memory: the operands' buffers, and with descriptors one for half of the output."""
+        operands = (self.BLOCK_R + self.BLOCK_C) * self.BLOCK_K * itemsize * self.num_stages
+        return operands + (self.BLOCK_R * self.BLOCK_C // 2 * itemsize if self.descriptors else 0)
 
 
 # Largest first. Every entry is compiled for sm_80, sm_90 and sm_100 by tests/test_codegen.py and must have
@@ -29,9 +33,18 @@ TILES: dict[str, tuple[Tile, ...]] = {
 # For operands that are not regular (_launch.is_regular): copied in smaller pieces or element by element,
 # through registers, with 64-bit offsets, and only small tiles leave room for that.
 IRREGULAR: dict[str, Tile] = {
-    "half": Tile(64, 64, 32, 4, 3),
-    "tf32": Tile(64, 64, 32, 8, 3),
+    "half": Tile(64, 64, 32, 8, 3),
+    "tf32": Tile(64, 32, 32, 8, 3),
     "ieee": Tile(64, 32, 16, 8, 3),
+}
+
+# For grad_input alone, of operands that are regular, on sm_90 and newer. Never chosen yet: that wants a check
+# of values and times on a GPU first, for wrong results of host descriptors on an H200 are on record
+# (triton-lang/triton issue 9719).
+DESCRIPTOR_TILES: dict[str, tuple[Tile, ...]] = {
+    "half": (Tile(128, 256, 64, 8, 3, True), Tile(128, 128, 64, 8, 3, True)),
+    "tf32": (),
+    "ieee": (),
 }
 
 ITEMSIZE = {"half": 2, "tf32": 4, "ieee": 4}
@@ -42,24 +55,27 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def select_tile(rows: int, cols: int, kind: str, regular: bool, num_sms: int, most_splits: int = 1) -> Tile:
-    """The largest tile that the product half fills and that gives every multiprocessor work.
+def select_tile(
+    sizes: Sequence[tuple[int, int]], kind: str, regular: bool, num_sms: int, most_splits: int = 1
+) -> Tile:
+    """The largest tile that the largest product half fills and that gives every multiprocessor work.
 
-    rows, cols: size of the product. kind: "half" (float16, bfloat16), "tf32" or "ieee" (float32).
-    regular: both operands are, see _launch.is_regular. most_splits: into how many parts at most each tile's
-    reduction may be cut.
+    sizes: rows and columns of the products of one launch. kind: "half" (float16, bfloat16), "tf32" or "ieee"
+    (float32). regular: all operands are, see _launch.is_regular. most_splits: into how many parts at most
+    each tile's reduction may be cut.
     """
     if not regular:
         return IRREGULAR[kind]
+    rows, cols = max(sizes, key=math.prod)
     for tile in TILES[kind]:
         half_filled = 2 * rows > tile.BLOCK_R and 2 * cols > tile.BLOCK_C
-        if half_filled and count_tiles(rows, cols, tile) * most_splits >= num_sms:
+        if half_filled and count_tiles(sizes, tile) * most_splits >= num_sms:
             return tile
     return TILES[kind][-1]
 
 
-def count_tiles(rows: int, cols: int, tile: Tile) -> int:
-    return cdiv(rows, tile.BLOCK_R) * cdiv(cols, tile.BLOCK_C)
+def count_tiles(sizes: Sequence[tuple[int, int]], tile: Tile) -> int:
+    return sum(cdiv(rows, tile.BLOCK_R) * cdiv(cols, tile.BLOCK_C) for rows, cols in sizes)
 
 
 def most_splits(reduction: int) -> int:

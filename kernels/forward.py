@@ -77,8 +77,8 @@ def linear_forward(
     device = limits_of(x)
     kind = arithmetic(x.dtype)
     regular = is_regular(x, N) and is_regular(weight, N)
-    tile = select_tile(M, N, kind, regular, device.num_sms)
-    tiles = count_tiles(M, N, tile)
+    tile = select_tile([(M, N)], kind, regular, device.num_sms)
+    tiles = count_tiles([(M, N)], tile)
     launch(
         _linear_forward_kernel, (programs(tiles, tile, kind, device),), x,
         x, weight, bias, y, M, N, K,

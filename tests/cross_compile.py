@@ -24,11 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedmlp.kernels._launch import COMPILE_OPTIONS
-from fusedmlp.kernels._partials import _sum_partials_kernel
-from fusedmlp.kernels._tiles import GROUP_R, IRREGULAR, ITEMSIZE, TILES, Tile
+from fusedmlp.kernels._partials import _add_up_kernel
+from fusedmlp.kernels._tiles import DESCRIPTOR_TILES, GROUP_R, IRREGULAR, ITEMSIZE, TILES, Tile
 from fusedmlp.kernels.forward import _linear_forward_kernel
-from fusedmlp.kernels.grad_input import _grad_input_kernel
-from fusedmlp.kernels.grad_weight import _grad_weight_kernel
+from fusedmlp.kernels.grad_input import _grad_input_descriptor_kernel, _grad_input_kernel
+from fusedmlp.kernels.grad_weight import _grad_weights_kernel
 from fusedmlp.kernels.relu_backward import BLOCK_M, BLOCK_N, _relu_backward_kernel
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -36,7 +36,7 @@ DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 
 
 class Spec(NamedTuple):
-    """One build: for each argument a type ("i32", or "*bf16:16": a multiple of 16) or a constant."""
+    """One build: for each argument a type ("i32"; "*bf16:16": a multiple of 16), a constant or a tuple."""
 
     name: str
     kernel: Any
@@ -79,6 +79,59 @@ def products(
             yield Spec(name, kernel, arguments, kind, tile)
 
 
+def descriptor_products() -> Iterator[Spec]:
+    """grad_input with tensor descriptors."""
+    for kind, tiles in DESCRIPTOR_TILES.items():
+        for tile, dtype, relu, sums in itertools.product(tiles, DTYPES[kind], (True, False), (True, False)):
+            if sums and not relu:
+                continue
+            block = {"M": tile.BLOCK_R, "N": tile.BLOCK_K, "K": tile.BLOCK_C, "H": tile.BLOCK_C // 2}
+            arguments: dict[str, Any] = {
+                name: f"tensordesc<{dtype}[{block[of[0]]}, {block[of[1]]}]>"
+                for name, of in (
+                    ("grad_z_desc", "MN"), ("weight_desc", "NK"), ("y_desc", "MH"), ("grad_x_desc", "MH")
+                )
+            }  # fmt: skip
+            arguments |= {} if relu else {"y_desc": None}
+            arguments |= {
+                "M": "i32",
+                "N": "i32:16",
+                "K": "i32:16",
+                "partials_ptr": "*fp32:16" if sums else None,
+            }
+            arguments |= {f"BLOCK_{name}": block[name] for name in "MNK"}
+            arguments |= {"GROUP_M": GROUP_R, "UPCAST": False}
+            name = f"descriptors {dtype} {tuple(tile)} relu={relu} sums={sums}"
+            yield Spec(name, _grad_input_descriptor_kernel, arguments, kind, tile)
+
+
+def grouped_products() -> Iterator[Spec]:
+    """grad_weights: layers that are regular, that are not, and both in one launch."""
+    for kind, tiles in TILES.items():
+        odd = IRREGULAR[kind]
+        ships = [(tile, layers) for tile in tiles for layers in ("1", "3", "1+1", "2+2")]
+        ships += [(odd, layers) for layers in ("0+1", "0+3")]
+        for (tile, layers), dtype, parts in itertools.product(ships, DTYPES[kind], (True, False)):
+            regular, _, irregular = layers.partition("+")
+            out = "*fp32:16" if parts else f"*{dtype}:16"
+
+            def group(count: str, multiple: str, dtype: str = dtype, out: str = out) -> Any:
+                many = int(count or 0)
+                pointers = [(f"*{dtype}{multiple}",) * many] * 2 + [(out,) * many]
+                return (*pointers, *[(f"i32{multiple}",) * many] * 4) if many else None
+
+            blocks = {"BLOCK_N": tile.BLOCK_R, "BLOCK_K": tile.BLOCK_C, "BLOCK_M": tile.BLOCK_K}
+            blocks |= {"ODD_BLOCK_N": odd.BLOCK_R, "ODD_BLOCK_K": odd.BLOCK_C, "ODD_BLOCK_M": odd.BLOCK_K}
+            bias_left: dict[str, Any] = {"grad_z_ptr": f"*{dtype}", "partials_ptr": "*fp32:16"}
+            bias_left |= dict.fromkeys(("N", "stride_zm", "chunks", "rows_per_chunk"), "i32")
+            arguments = {"layers": group(regular, ":16"), "odd_layers": group(irregular, "")}
+            arguments |= dict.fromkeys(("M", "splits", "rows_per_split"), "i32") | bias_left | blocks
+            arguments |= {"GROUP_N": GROUP_R, "SUM_BLOCK_M": BLOCK_M, "SUM_BLOCK_N": BLOCK_N, "UPCAST": False}
+            arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
+            name = f"grad_weights {dtype} {kind} {tuple(tile)} {layers} layers, {parts=}"
+            yield Spec(name, _grad_weights_kernel, arguments, kind, tile)
+
+
 def specs(which: str) -> Iterator[Spec]:
     """Every build of one launcher."""
     if which == "linear_forward":
@@ -95,29 +148,23 @@ def specs(which: str) -> Iterator[Spec]:
             },
         )
     elif which == "grad_input":
+        layer = {"stride_zn": 1, "stride_wk": 1, "stride_yk": 1}
         yield from products(
             _grad_input_kernel,
-            ("grad_z_ptr", "weight_ptr", "grad_x_ptr"),
-            {"stride_zm": "N", "stride_wn": "K"},
+            ("grad_z_ptr", "weight_ptr", "y_ptr", "grad_x_ptr"),
+            {"stride_zm": "N", "stride_wn": "K", "stride_ym": "K"},
             ("BLOCK_M", "BLOCK_K", "BLOCK_N", "GROUP_M"),
             {
-                "": {"stride_zn": 1, "stride_wk": 1},
-                "grad_z transposed": {"stride_zm": 1, "stride_wk": 1},
+                "relu and sums": layer | {"partials_ptr": "*fp32:16"},
+                "relu": layer | {"partials_ptr": None},
+                "plain": layer | {"y_ptr": None, "stride_ym": 0, "partials_ptr": None},
+                "grad_z transposed": layer | {"stride_zm": 1, "partials_ptr": "*fp32:16"},
             },
         )
-    elif which == "grad_weight":
-        counts = {"splits": "i32", "rows_per_split": "i32"}
-        yield from products(
-            _grad_weight_kernel,
-            ("grad_z_ptr", "x_ptr", "out_ptr"),
-            {"stride_zm": "N", "stride_xm": "K"},
-            ("BLOCK_N", "BLOCK_K", "BLOCK_M", "GROUP_N"),
-            {
-                "": counts | {"stride_zn": 1, "stride_xk": 1},
-                "in parts": counts | {"stride_zn": 1, "stride_xk": 1, "out_ptr": "*fp32:16"},
-                "both transposed": counts | {"stride_zm": 1, "stride_xm": 1},
-            },
-        )
+    elif which == "grad_input_descriptor":
+        yield from descriptor_products()
+    elif which == "grad_weights":
+        yield from grouped_products()
     elif which == "relu_backward":
         for dtype, relu, bias in itertools.product(("fp32", "fp16", "bf16"), (True, False), (True, False)):
             arguments = dict.fromkeys(_relu_backward_kernel.arg_names, "i32:16")
@@ -130,9 +177,10 @@ def specs(which: str) -> Iterator[Spec]:
                 name = f"relu_backward {dtype} relu={relu} bias={bias}"
                 yield Spec(name, _relu_backward_kernel, arguments | constants)
         for dtype, block_p in itertools.product(("fp32", "fp16", "bf16"), (1, 32)):
-            arguments = {"partials_ptr": "*fp32:16", "out_ptr": f"*{dtype}:16", "parts": "i32"}
-            arguments |= {"size": "i32:16", "BLOCK_P": block_p, "BLOCK": 2048 // block_p}
-            yield Spec(f"sum_partials {dtype} {block_p} at a time", _sum_partials_kernel, arguments)
+            arguments = {"partials_ptrs": ("*fp32:16",) * 3, "out_ptrs": (f"*{dtype}:16",) * 3}
+            arguments |= {"parts": ("i32",) * 3, "sizes": ("i32:16", "i32", "i32:16")}
+            arguments |= {"BLOCK_P": block_p, "BLOCK": 2048 // block_p}
+            yield Spec(f"add_up {dtype} {block_p} at a time", _add_up_kernel, arguments)
     else:
         raise SystemExit(f"no launcher {which!r}")
 
@@ -149,17 +197,22 @@ def disassemble(cubin: bytes) -> Counter[str]:
 
 def build(spec: Spec, arch: int) -> dict[str, Any]:
     """Compile for sm_<arch> and say what the assembler and the machine code say."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    for i, name in enumerate(spec.kernel.arg_names):
-        value = spec.arguments[name]
-        if not isinstance(value, str) or name == "INPUT_PRECISION":
-            signature[name], constants[(i,)] = "constexpr", value
-            continue
-        signature[name], _, multiple = value.partition(":")
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def describe(value: Any, place: tuple[int, ...]) -> Any:
+        """The type of an argument as Triton writes it, its constants and alignments noted by place."""
+        if isinstance(value, tuple):
+            return tuple(describe(part, (*place, i)) for i, part in enumerate(value))
+        if not isinstance(value, str) or spec.kernel.arg_names[place[0]] == "INPUT_PRECISION":
+            constants[place] = value
+            return "constexpr"
+        type_, _, multiple = value.partition(":")
         if multiple:
-            attributes[(i,)] = [["tt.divisibility", int(multiple)]]
+            attributes[place] = [["tt.divisibility", int(multiple)]]
+        return type_
+
+    signature = {name: describe(spec.arguments[name], (i,)) for i, name in enumerate(spec.kernel.arg_names)}
     options: dict[str, Any] = COMPILE_OPTIONS | {"num_warps": 4}
     if spec.tile is not None:
         options |= {"num_warps": spec.tile.num_warps, "num_stages": spec.tile.num_stages}

@@ -1,5 +1,6 @@
 """Every launcher against float64: on the GPU if there is one, else in Triton's interpreter."""
 
+import itertools
 import subprocess
 import sys
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from oracle import assert_right, surrounded
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from fusedmlp import _reference
 
@@ -51,10 +53,50 @@ def bounds(dtype: torch.dtype) -> dict[str, float]:
     return {}
 
 
-def kernels() -> Any:
-    from fusedmlp import kernels
+def launch(launcher: str, *arguments: Any, **options: Any) -> Any:
+    """A launcher's result, its sums over rows added up."""
+    from fusedmlp.kernels import _partials, forward, grad_input, grad_weight, relu_backward
 
-    return kernels
+    if launcher == "linear_forward":
+        return forward.linear_forward(*arguments)
+    sums: Any = []
+    rooms = {"grad_weights": grad_weight, "grad_input": grad_input, "relu_backward": relu_backward}
+    result = getattr(rooms[launcher], launcher)(*arguments, sums, **options)
+    _partials.add_up(sums)
+    return result
+
+
+class Plain:
+    """What the launchers compute, in plain torch."""
+
+    linear_forward = staticmethod(_reference.linear_forward)
+
+    @staticmethod
+    def relu_backward(grad_output: Any, y: Any, need_grad_bias: bool) -> Any:
+        grad_z = grad_output if y is None else _reference.relu_backward(grad_output, y)
+        return grad_z, grad_z.sum(0) if need_grad_bias else None
+
+    @staticmethod
+    def grad_input(grad_z: Any, weight: Any, y: Any, need_grad_bias: bool) -> Any:
+        return Plain.relu_backward(grad_z @ weight, y, need_grad_bias)
+
+    @staticmethod
+    def grad_weights(layers: Any, bias_left: Any) -> Any:
+        grads = [grad_z.t() @ x for grad_z, x in layers]
+        return grads, None if bias_left is None else bias_left.sum(0)
+
+
+def tensors_of(arguments: Any) -> list[torch.Tensor]:
+    """Those in a launcher's arguments or results, in order, out of lists and tuples too."""
+    if isinstance(arguments, torch.Tensor):
+        return [arguments]
+    return [t for a in arguments for t in tensors_of(a)] if isinstance(arguments, list | tuple) else []
+
+
+def as_double(argument: Any) -> Any:
+    if isinstance(argument, list | tuple):
+        return type(argument)(map(as_double, argument))
+    return argument.double() if isinstance(argument, torch.Tensor) else argument
 
 
 class Canaries(TorchDispatchMode):
@@ -82,38 +124,30 @@ class Canaries(TorchDispatchMode):
             assert (edges == torch.tensor(self.CANARY).to(buffer.dtype).float()).all(), "written past the end"
 
 
-def run(launcher: str, *arguments: Any) -> Any:
+def run(launcher: str, *arguments: Any, **options: Any) -> Any:
     """The launcher's result, its arguments untouched, its outputs wholly written and nothing past them."""
-    versions = [t._version for t in arguments if isinstance(t, torch.Tensor)]
-    before = [t.clone() if isinstance(t, torch.Tensor) else t for t in arguments]
+    given = tensors_of(arguments)
+    versions, before = [t._version for t in given], [t.clone() for t in given]
     with Canaries() as canaries:
-        result = getattr(kernels(), launcher)(*arguments)
+        result = launch(launcher, *arguments, **options)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     canaries.check()
-    assert versions == [t._version for t in arguments if isinstance(t, torch.Tensor)]
-    for old, new in zip(before, arguments, strict=True):
-        if isinstance(old, torch.Tensor):
-            torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+    assert versions == [t._version for t in given]
+    for old, new in zip(before, given, strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
     return result
 
 
-def doubles(*arguments: Any) -> list[Any]:
-    return [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
-
-
-def check(launcher: str, *arguments: Any) -> None:
-    """A launcher against its namesake in _reference, in the same dtype and in float64."""
-    dtype = arguments[0].dtype
-    ours = run(launcher, *arguments)
-    torchs = getattr(_reference, launcher)(*arguments)
-    exact = getattr(_reference, launcher)(*doubles(*arguments))
-    if isinstance(ours, torch.Tensor):
-        ours, torchs, exact = (ours,), (torchs,), (exact,)
+def check(launcher: str, *arguments: Any, **options: Any) -> None:
+    """A launcher against plain torch, in the same dtype and in float64."""
+    plain = getattr(Plain, launcher)
+    dtype = tensors_of(arguments)[0].dtype
+    ours = tensors_of([run(launcher, *arguments, **options)])
+    torchs, exact = (tensors_of([plain(*a)]) for a in (arguments, as_double(arguments)))
     for i, (our, its, right) in enumerate(zip(ours, torchs, exact, strict=True)):
-        assert (our is None) == (its is None)
-        if our is not None:
-            assert_right(our, its, right, f"{launcher}[{i}] {dtype}", **bounds(dtype))
+        assert our.is_contiguous() or any(our is t for t in tensors_of(arguments))
+        assert_right(our, its, right, f"{launcher}[{i}] {dtype}", **bounds(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -129,13 +163,48 @@ def test_linear_forward(M: int, N: int, K: int, dtype: torch.dtype, device: torc
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
 def test_backward(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, chip: None) -> None:
     x, weight, grad = (torch.randn(s, device=device, dtype=dtype) for s in ((M, K), (N, K), (M, N)))
-    y = torch.relu(torch.randn(M, N, device=device, dtype=dtype))
+    y, below = torch.relu(torch.randn(M, N, device=device, dtype=dtype)), torch.relu(x)
     for need_grad_bias in (True, False):
         check("relu_backward", grad, y, need_grad_bias)
-    grad_z = torch.where(y > 0, grad, 0)
-    check("grad_bias", grad_z)
-    check("grad_input", grad_z, weight)
-    check("grad_weight", grad_z, x)
+        check("grad_input", grad, weight, below, need_grad_bias)
+    check("relu_backward", grad, None, True)
+    check("grad_input", grad, weight, None, False)
+    check("grad_weights", [(grad, x)], None)
+    check("grad_weights", [(grad, x)], grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("M", [0, 1, 130, 700])
+@pytest.mark.parametrize(
+    "widths",
+    [(32, 16, 48), (7, 5, 1, 10), (48, 10), (784, 16, 10), (3, 0, 4), tuple(range(1, 20)), (16,) * 18],
+    ids=["regular", "irregular", "one", "both kinds", "an empty one", "many", "many regular"],
+)
+def test_grouped_weight_gradients(
+    widths: tuple[int, ...], M: int, dtype: torch.dtype, device: torch.device, chip: None
+) -> None:
+    """One launch for all layers, whatever their sizes, and the last one's bias gradient with them."""
+    layers = [
+        (torch.randn(M, N, device=device, dtype=dtype), torch.randn(M, K, device=device, dtype=dtype))
+        for K, N in itertools.pairwise(widths)
+    ]
+    check("grad_weights", layers, layers[-1][0])
+
+
+@pytest.mark.parametrize("M", [5, 150])
+@pytest.mark.parametrize("which", [0, 1])
+def test_masked_input_gradient_with_descriptors(which: int, M: int, device: torch.device) -> None:
+    """The form that no call takes yet."""
+    from fusedmlp.kernels._tiles import DESCRIPTOR_TILES
+
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need compute capability 9.0")
+    grad, weight, y = (
+        torch.randn(s, device=device, dtype=torch.float16) for s in ((M, 80), (80, 272), (M, 272))
+    )
+    tile = DESCRIPTOR_TILES["half"][which]
+    for below, need_grad_bias in ((y, True), (y, False), (None, False)):
+        check("grad_input", grad, weight, below, need_grad_bias, tile=tile)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -160,11 +229,13 @@ def test_strides(layout: str, dtype: torch.dtype, device: torch.device) -> None:
 
     x, weight, grad, y = laid(M, K), laid(N, K), laid(M, N), laid(M, N)
     bias = torch.randn(2 * N, device=device, dtype=dtype)[::2]
+    below = laid(M, K)
     check("linear_forward", x, weight, bias, True)
     check("relu_backward", grad, y, True)
-    check("grad_bias", grad)
-    check("grad_input", grad, weight)
-    check("grad_weight", grad, x)
+    check("relu_backward", grad, None, True)
+    check("grad_input", grad, weight, below, True)
+    if layout in ("surrounded", "offset"):  # rows side by side, as mlp_backward brings them
+        check("grad_weights", [(grad, x)], grad)
 
 
 def test_nan_and_infinity_follow_torch(device: torch.device) -> None:
@@ -174,8 +245,18 @@ def test_nan_and_infinity_follow_torch(device: torch.device) -> None:
     check("linear_forward", x, torch.randn(3, 2, device=device), torch.randn(3, device=device), True)
     y = torch.tensor([[nan, 0.0, -0.0, 1.0, inf, 1e-45, 0.0, 2.0]], device=device)
     grad = torch.tensor([[3.0, inf, nan, nan, -inf, 4.0, -inf, inf]], device=device)
+    expected = aten.threshold_backward(grad, y, 0)
     ours, _ = run("relu_backward", grad, y, False)
-    torch.testing.assert_close(ours, aten.threshold_backward(grad, y, 0), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+    ours, _ = run("grad_input", grad.t().contiguous(), torch.eye(1, device=device), y.t().contiguous(), False)
+    torch.testing.assert_close(ours.t(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_infinite_weights_do_not_reach_the_sums_from_beyond_the_last_row(device: torch.device) -> None:
+    """0 * inf is NaN, and a tile has rows that the tensor has not."""
+    weight = torch.full((16, 16), float("inf"), device=device)
+    grad, y = torch.ones(5, 16, device=device), torch.ones(5, 16, device=device)
+    assert run("grad_input", grad, weight, y, True)[1].isinf().all()
 
 
 def test_large_bias_is_added_last(device: torch.device) -> None:
@@ -188,7 +269,7 @@ def test_forward_rounds_once(device: torch.device) -> None:
     """All but the few values within float32's error of a tie are float64's, rounded once."""
     x, weight, bias = (torch.randn(s, device=device).half() for s in ((64, 96), (80, 96), (80,)))
     y = run("linear_forward", x, weight, bias, True)
-    exact = _reference.linear_forward(*doubles(x, weight, bias, True))
+    exact = _reference.linear_forward(x.double(), weight.double(), bias.double(), True)
     assert (y == exact.half()).double().mean() > 0.99
 
 
@@ -199,8 +280,12 @@ def test_same_bits_every_time(dtype: torch.dtype, device: torch.device, chip: No
         torch.randn(1500, 24, device=device, dtype=dtype),
     )
     y = torch.relu(torch.randn_like(grad))
-    for launcher, arguments in (("grad_weight", (grad, x)), ("relu_backward", (grad, y, True))):
-        first, second = (getattr(kernels(), launcher)(*arguments) for _ in range(2))
+    for launcher, arguments in (
+        ("grad_weights", ([(grad, x), (grad, y)], grad)),
+        ("relu_backward", (grad, y, True)),
+        ("grad_input", (x, torch.randn_like(grad[:20]), y, True)),
+    ):
+        first, second = (tensors_of([launch(launcher, *arguments)]) for _ in range(2))
         for a, b in zip(first, second, strict=True):
             assert torch.equal(a, b)
 
@@ -217,12 +302,11 @@ def test_offsets_past_31_bits(pitch: int, device: torch.device) -> None:
     for launcher, arguments in (
         ("linear_forward", (x, weight, None, True)),
         ("relu_backward", (grad, grad, True)),
-        ("grad_input", (grad, weight)),
-        ("grad_weight", (grad, x)),
+        ("grad_input", (grad, weight, x, True)),
+        ("grad_weights", ([(grad, x)], grad)),
     ):
-        ours = getattr(kernels(), launcher)(*arguments)
-        near = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments]
-        expected = getattr(kernels(), launcher)(*near)
+        ours = launch(launcher, *arguments)
+        expected = launch(launcher, *tree_map_only(torch.Tensor, torch.Tensor.contiguous, arguments))
         torch.testing.assert_close(ours, expected)
 
 
@@ -253,8 +337,8 @@ def test_float32_arithmetic_follows_torchs_settings(setting: str, kind: str) -> 
 def test_outputs_past_31_bits(device: torch.device) -> None:
     M, N = 2**31 // 512 + 300, 512
     x, weight = torch.randn(M, 16, device=device).bfloat16(), torch.randn(N, 16, device=device).bfloat16()
-    y = kernels().linear_forward(x, weight, None, True)
-    grad_z, _ = kernels().relu_backward(y, y, False)
+    y = launch("linear_forward", x, weight, None, True)
+    grad_z, _ = launch("relu_backward", y, y, False)
     for rows in (slice(0, 300), slice(M - 300, M)):
         torch.testing.assert_close(y[rows], _reference.linear_forward(x[rows], weight, None, True))
         assert torch.equal(grad_z[rows], y[rows])
@@ -269,7 +353,7 @@ def test_tf32_follows_torchs_setting(device: torch.device) -> None:
     try:
         for precision in ("ieee", "tf32"):
             torch.backends.cuda.matmul.fp32_precision = precision
-            y = kernels().linear_forward(x, weight, None, False)
+            y = launch("linear_forward", x, weight, None, False)
             assert_right(y, _reference.linear_forward(x, weight, None, False), exact, precision)
             errors[precision] = (y.double() - exact).abs().max().item()
     finally:

@@ -155,7 +155,7 @@ BELOW = {
     "__main__": {"_dispatch", "functional", "nn"},
     "nn": {"functional"},
     "functional": {"_autograd", "_dispatch", "_reference"},
-    "_autograd": {"_dispatch"},
+    "_autograd": {"_dispatch", "_reference"},
     "_dispatch": {"_reference"},
     "_reference": set(),
     "_version": set(),

@@ -24,12 +24,12 @@ kinds = st.sampled_from(list(TILES))
 
 @given(sizes, sizes, kinds, st.booleans(), st.integers(1, 200), st.integers(1, 64))
 def test_every_choice_ships(rows: int, cols: int, kind: str, regular: bool, sms: int, splits: int) -> None:
-    tile = select_tile(rows, cols, kind, regular, sms, splits)
+    tile = select_tile([(rows, cols)], kind, regular, sms, splits)
     assert tile in (TILES[kind] if regular else (IRREGULAR[kind],))
     if regular and tile != TILES[kind][-1]:  # a large one, so: not mostly empty, and work for everyone
         assert 2 * rows > tile.BLOCK_R
         assert 2 * cols > tile.BLOCK_C
-        assert count_tiles(rows, cols, tile) * splits >= sms
+        assert count_tiles([(rows, cols)], tile) * splits >= sms
 
 
 @given(sizes, sizes, st.integers(1, 200))
@@ -41,11 +41,11 @@ def test_splits_keep_enough_rows_and_never_outnumber_the_chip(tiles: int, rows: 
 
 
 def test_large_products_get_large_tiles_and_narrow_ones_small() -> None:
-    assert select_tile(8192, 8192, "half", True, 132) == TILES["half"][0]
-    assert select_tile(8192, 10, "half", True, 132) == TILES["half"][-1]
-    assert select_tile(256, 256, "half", True, 132) == TILES["half"][-1]
+    assert select_tile([(8192, 8192)], "half", True, 132) == TILES["half"][0]
+    assert select_tile([(8192, 10)], "half", True, 132) == TILES["half"][-1]
+    assert select_tile([(256, 256)], "half", True, 132) == TILES["half"][-1]
     # The reduction can be cut instead: the large tile reads each operand half as often.
-    assert select_tile(256, 256, "half", True, 132, most_splits(65536)) == TILES["half"][0]
+    assert select_tile([(256, 256)], "half", True, 132, most_splits(65536)) == TILES["half"][0]
 
 
 def test_every_tile_fits_every_chip() -> None:
