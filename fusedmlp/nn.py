@@ -51,10 +51,10 @@ class LinearReLU(Linear):
 
 
 class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
-    """``torch.nn.Sequential`` that runs each Linear directly followed by a ReLU as one operation.
+    """``torch.nn.Sequential`` that runs each stretch Linear, ReLU, Linear, ReLU, ... as one operation.
 
-    Only where nobody could notice: a hook on either, a subclass, a parametrization or a patched forward, and
-    the two run one after the other as in torch.
+    A stretch is as long as can be, and ends where somebody could notice: at a module of any other kind, at a
+    hook, a subclass, a parametrization or a patched forward, and where a layer comes a second time.
 
     >>> Sequential(Linear(4, 3), ReLU(), Linear(3, 1))(torch.randn(8, 4)).shape
     torch.Size([8, 1])
@@ -70,20 +70,27 @@ class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
             or torch.nn.Module.__call__ is not _MODULE_CALL
         ):
             return super().forward(input)  # type: ignore[no-untyped-call]
-        waiting: tuple[Any, ...] | None = None  # a Linear's parameters, till we know if a ReLU is behind it
+        layers: list[torch.nn.Module] = []  # the stretch that is being collected,
+        weights: list[torch.Tensor] = []
+        biases: list[torch.Tensor | None] = []
+        relu = False  # and whether it has a ReLU at its end
         for module in self._modules.values():
-            if waiting is not None:
-                if type(module) is torch.nn.ReLU and _unobserved(module):
-                    input = _functional.linear_relu(input, *waiting)
-                    waiting = None
-                    continue
-                input = _functional.linear(input, *waiting)
-                waiting = None
-            if type(module) in _LINEARS and _unobserved(module) and _own_parameters(module):
-                waiting = module._parameters["weight"], module._parameters["bias"]
+            kind = type(module)
+            if kind is torch.nn.ReLU and layers and not relu and _unobserved(module):
+                relu = True
+                continue
+            linear = kind in _LINEARS and _unobserved(module) and _own_parameters(module)
+            if layers and not (linear and relu and module not in layers):
+                input = _run(input, weights, biases, relu)
+                layers, weights, biases, relu = [], [], [], False
+            if linear:
+                layers.append(module)
+                weights.append(module._parameters["weight"])  # type: ignore[arg-type]  # a Linear's is not None
+                biases.append(module._parameters["bias"])
+                relu = kind is LinearReLU
             else:
                 input = module(input)
-        return input if waiting is None else _functional.linear(input, *waiting)
+        return _run(input, weights, biases, relu) if layers else input
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What ``torch.jit.script`` compiles: torch's Sequential of the same members, unless a subclass."""
@@ -141,10 +148,18 @@ def _as_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> torch.nn.
 
 
 _MODULE_CALL = torch.nn.Module.__call__
-_LINEARS = {torch.nn.Linear, Linear}
+_LINEARS = (torch.nn.Linear, Linear, LinearReLU)
 _FORWARDS: dict[type[torch.nn.Module], Callable[..., torch.Tensor]] = {
-    kind: kind.forward for kind in (torch.nn.Linear, Linear, torch.nn.ReLU)
+    kind: kind.forward for kind in (torch.nn.Linear, Linear, LinearReLU, torch.nn.ReLU)
 }
+
+
+def _run(
+    input: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None], relu: bool
+) -> torch.Tensor:
+    if len(weights) > 1:
+        return _functional.mlp(input, weights, biases, final_relu=relu)
+    return (_functional.linear_relu if relu else _functional.linear)(input, weights[0], biases[0])
 
 
 def _unobserved(module: torch.nn.Module) -> bool:

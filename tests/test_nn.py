@@ -4,7 +4,7 @@ import copy
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import nn as tnn
 from torch.nn.utils import parametrizations, prune
 
 import fusedmlp
-from fusedmlp import nn
+from fusedmlp import _dispatch, nn
 
 
 @pytest.fixture(params=["auto", pytest.param("triton", marks=pytest.mark.kernels)])
@@ -191,6 +191,83 @@ def test_a_shared_layer_and_frozen_ones() -> None:
         shared.bias.requires_grad_(False)
         models.append(model)
     assert_same_run(*models, torch.randn(4, 7))
+
+
+def stretches(model: tnn.Module, x: torch.Tensor) -> list[str]:
+    """How the layers of one call ran: "3+" is a chain of three with a ReLU at its end."""
+    with _dispatch.recorded() as runs:
+        model(x)
+    return [f"{len(run.weights)}{'+' if run.final_relu else ''}" for run in runs]
+
+
+def layers(*members: tnn.Module | str) -> Any:
+    """A Sequential of 7 features: "l" is a Linear, "r" a ReLU."""
+    made = {"l": lambda: nn.Linear(7, 7), "r": tnn.ReLU}
+    return nn.Sequential(*(made[m]() if isinstance(m, str) else m for m in members))
+
+
+STRETCHES: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "as long as can be": (lambda: layers(*"lrlrl"), ["3"]),
+    "with a ReLU at the end": (lambda: layers(*"lrlr"), ["2+"]),
+    "an MLP": (lambda: nn.MLP(7, [7] * 4, 2), ["5"]),
+    "one layer": (lambda: layers("l"), ["1"]),
+    "torch's own Linear": (lambda: layers(tnn.Linear(7, 7), "r", "l"), ["2"]),
+    "a ReLU first": (lambda: layers(*"rlrl"), ["2"]),
+    "two ReLUs": (lambda: layers(*"lrrl"), ["1+", "1"]),
+    "no ReLU between": (lambda: layers(*"llrl"), ["1", "2"]),
+    "ReLU in place": (lambda: layers("l", tnn.ReLU(inplace=True), "l"), ["2"]),
+    "LinearReLU": (lambda: layers(nn.LinearReLU(7, 7), nn.LinearReLU(7, 7), "l"), ["3"]),
+    "LinearReLU and a ReLU": (lambda: layers(nn.LinearReLU(7, 7), "r", "l"), ["1+", "1"]),
+    "dropout": (lambda: layers(*"lrl", tnn.Dropout(0.5), *"lr"), ["2", "1+"]),
+    "dropout behind the ReLU": (lambda: layers(*"lr", tnn.Dropout(0.5), *"lrl"), ["1+", "2"]),
+    "a norm": (lambda: layers("l", tnn.LayerNorm(7), *"rlrl"), ["1", "2"]),
+    "another activation": (lambda: layers(*"lrl", tnn.GELU(), *"lrl"), ["2", "2"]),
+    "a nested Sequential": (lambda: layers(*"lr", layers(*"lrl"), *"rlr"), ["1+", "2", "1+"]),
+    "an Identity": (lambda: layers(*"lr", tnn.Identity(), "l"), ["1+", "1"]),
+    "a subclass": (lambda: layers(type("Mine", (tnn.Linear,), {})(7, 7), *"rlrl"), ["2"]),
+    "a slice": (lambda: layers(*"lrlrlr")[2:5], ["2"]),
+    "appended": (lambda: layers(*"lrl").append(tnn.ReLU()).append(nn.Linear(7, 7)), ["3"]),
+    "inserted": (lambda: layers(*"lrl").insert(1, tnn.Dropout(0.0)), ["1", "1"]),
+    "no bias": (lambda: layers("l", "r", nn.Linear(7, 7, bias=False)), ["2"]),
+    "a frozen layer": (lambda: layers(nn.Linear(7, 7).requires_grad_(False), *"rl"), ["2"]),
+}
+
+
+@pytest.mark.parametrize("case", STRETCHES)
+def test_stretches(case: str, path: str, device: torch.device) -> None:
+    build, expected = STRETCHES[case]
+    model = build()
+    plain = copy.deepcopy(model).eval()
+    for module in plain.modules():  # the same on torch.nn
+        if type(module) in (nn.Sequential, nn.MLP):
+            module.__class__ = tnn.Sequential
+        elif type(module) is nn.Linear:
+            module.__class__ = tnn.Linear
+    if path == "triton":
+        model, plain = model.to(device), plain.to(device)
+    x = torch.randn(4, 7, device=device if path == "triton" else "cpu")
+    assert stretches(model.eval(), x) == expected
+    assert_same_run(model, plain, x)
+
+
+def test_a_layer_used_twice_ends_a_stretch() -> None:
+    shared = nn.Linear(7, 7)
+    x = torch.randn(4, 7)
+    assert stretches(layers(shared, "r", "l", "r", shared, "r", "l"), x) == ["2+", "2"]
+    tied = layers(*"lrlr")
+    tied[2].weight = tied[0].weight  # two layers
+    assert stretches(tied, x) == ["2+"]
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"), [(0, ["1", "2"]), (1, ["1", "2"]), (2, ["1+", "1", "1"]), (3, ["2", "1"])]
+)
+def test_a_hook_on_a_member_ends_a_stretch(index: int, expected: list[str]) -> None:
+    model = layers(*"lrlrl")
+    handle = model[index].register_forward_hook(lambda *_: None)
+    assert stretches(model, torch.randn(4, 7)) == expected
+    handle.remove()
+    assert stretches(model, torch.randn(4, 7)) == ["3"]
 
 
 HOOKS = {
