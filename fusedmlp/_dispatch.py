@@ -166,36 +166,46 @@ def _why_impossible(
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
     ):
         return "a TorchFunctionMode is active, and sees PyTorch's own functions only"
-    tensors = (x, *weights, *(bias for bias in biases if bias is not None))
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            what = _name(tensor, x, weights, biases)
-            return f"{what} is a {type(tensor).__name__}, not a plain torch.Tensor"
+    if type(x) not in _PLAIN:
+        return f"x is a {type(x).__name__}, not a plain torch.Tensor"
+    device, dtype = x.device, x.dtype
     if not x.is_cuda and not _interpreted(x):
-        return f"x is on the {x.device.type}, and the kernels run on CUDA devices"
+        return f"x is on the {device.type}, and the kernels run on CUDA devices"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
-    for tensor in tensors[1:]:
-        if tensor.device != x.device:
-            return f"{_name(tensor, x, weights, biases)} is on {tensor.device}, x on {x.device}"
-        if tensor.dtype != x.dtype:
-            return f"{_name(tensor, x, weights, biases)} is {tensor.dtype}, x {x.dtype}"
-    if x.dtype not in _DTYPES:
-        return f"there are kernels for float32, float16 and bfloat16, not for {x.dtype}"
-    if not all(_is_plain_memory(tensor) for tensor in tensors):
-        return "a tensor is sparse or nested, or a lazy conjugate or negative"
+    if dtype not in _DTYPES:
+        return f"there are kernels for float32, float16 and bfloat16, not for {dtype}"
+    for group in (weights, biases):
+        for tensor in group:
+            if tensor is None:
+                continue
+            if type(tensor) not in _PLAIN:
+                what = _name(tensor, weights, biases)
+                return f"{what} is a {type(tensor).__name__}, not a plain torch.Tensor"
+            if tensor.device != device:
+                return f"{_name(tensor, weights, biases)} is on {tensor.device}, x on {device}"
+            if tensor.dtype is not dtype:
+                return f"{_name(tensor, weights, biases)} is {tensor.dtype}, x {dtype}"
+            if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_neg():
+                return _NOT_PLAIN_MEMORY  # inline: a chain has many tensors, and none of them is complex
+    if not _is_plain_memory(x):
+        return _NOT_PLAIN_MEMORY
     before, columns = x, x.shape[-1] if x.dim() else None
     for weight, bias in zip(weights, biases, strict=True):
         wrong = None
-        if weight.dim() != 2 or columns != weight.shape[1]:
+        shape = weight.shape
+        if len(shape) != 2 or columns != shape[1]:
             wrong = before
-        elif bias is not None and bias.shape != weight.shape[:1]:
+        elif bias is not None and (bias.dim() != 1 or bias.shape[0] != shape[0]):
             wrong = bias
         if wrong is not None:
-            pair = ", ".join(f"{_name(t, x, weights, biases)} {tuple(t.shape)}" for t in (wrong, weight))
+            named = "x" if wrong is x else _name(wrong, weights, biases)
+            pair = f"{named} {tuple(wrong.shape)}, {_name(weight, weights, biases)} {tuple(shape)}"
             return f"the shapes do not fit: {pair}"
-        before, columns = weight, weight.shape[0]
-    if max(x.numel() // max(x.shape[-1], 1), *(max(weight.shape) for weight in weights)) > _LARGEST:
+        if shape[0] > _LARGEST or shape[1] > _LARGEST:
+            return f"a dimension is over {_LARGEST}"
+        before, columns = weight, shape[0]
+    if x.numel() // max(x.shape[-1], 1) > _LARGEST:
         return f"a dimension is over {_LARGEST}"
     if not has_triton():
         return "Triton is not installed"
@@ -215,21 +225,15 @@ def _why_impossible(
 
 
 def _name(
-    tensor: torch.Tensor,
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
+    tensor: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
 ) -> str:
-    """What the caller calls this one of a chain's tensors."""
-    if tensor is x:
-        return "x"
-    one = len(weights) == 1
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        if tensor is weight:
-            return "weight" if one else f"weights[{i}]"
-        if tensor is bias:
-            return "bias" if one else f"biases[{i}]"
-    raise AssertionError("not one of the chain's tensors")
+    """What the caller calls this one of a chain's parameters."""
+    for what, group in (("weight", weights), ("bias", biases)):
+        for i, one in enumerate(group):
+            if tensor is one:
+                several = {"weight": "weights", "bias": "biases"}[what]
+                return what if len(weights) == 1 else f"{several}[{i}]"
+    raise AssertionError("not one of the chain's parameters")
 
 
 def _why_not_worth_it(x: torch.Tensor, weights: Sequence[torch.Tensor], final_relu: bool) -> str | None:
@@ -272,6 +276,9 @@ def backward_operators(grad_output: torch.Tensor) -> ModuleType:
     ):
         return _reference
     return kernels()
+
+
+_NOT_PLAIN_MEMORY = "a tensor is sparse or nested, or a lazy conjugate or negative"
 
 
 def _is_plain_memory(tensor: torch.Tensor) -> bool:

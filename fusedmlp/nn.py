@@ -164,13 +164,14 @@ def _run(
 
 def _unobserved(module: torch.nn.Module) -> bool:
     """Whether a call of this module is its class's own forward and nothing else."""
+    own = module.__dict__
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
         or module._compiled_call_impl is not None
-        or "forward" in module.__dict__
+        or "forward" in own
         or type(module).forward is not _FORWARDS[type(module)]
     )
 

@@ -1,6 +1,7 @@
 """What the launchers share on the host: the device's limits, the right current device, the arithmetic."""
 
 import contextlib
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ._tiles import ITEMSIZE, Tile
+from ._tiles import GROUP, ITEMSIZE, Tile
 
 # Passed to every launch. Fused multiply-add is Triton's default up to 3.9; said here so that a release
 # that changes the default does not change the results. Left without a limit on registers, ptxas aims at a
@@ -31,19 +32,6 @@ def device_limits(index: int | None) -> Device:
         return Device(num_sms=3, shared_memory=232448)
     properties = torch.cuda.get_device_properties(index)
     return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
-
-
-def limits_of(x: torch.Tensor) -> Device:
-    return device_limits(x.device.index if x.is_cuda else None)
-
-
-def programs(work: int, tile: Tile, kind: str, device: Device) -> int:
-    """Size of a persistent grid for ``work`` tiles: what the multiprocessors hold at one time, or less.
-
-    16 warps a multiprocessor leave each thread 128 registers, about what these kernels use.
-    """
-    by_memory = device.shared_memory // tile.shared_memory(ITEMSIZE[kind])
-    return min(work, device.num_sms * max(1, min(16 // tile.num_warps, by_memory)))
 
 
 @functools.cache  # Triton decided it when it decorated the kernels
@@ -70,7 +58,9 @@ def dry_run() -> Iterator[list[str]]:
         _dry_run.launches = before
 
 
-def launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor, *args: Any, **meta: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], x: torch.Tensor, args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
     """Run ``kernel`` on x's device, which need not be the current one."""
     if _dry_run.launches is not None:
         _dry_run.launches.append(kernel.__name__.strip("_").removesuffix("_kernel"))
@@ -78,9 +68,51 @@ def launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor, *args: Any, **me
     run: Callable[..., Any] = kernel[grid]
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            run(*args, **meta, **COMPILE_OPTIONS)
+            run(*args, **options)
     else:
-        run(*args, **meta, **COMPILE_OPTIONS)
+        run(*args, **options)
+
+
+# Compared by identity, which is quick: setting_of makes one of each.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setting:
+    """What is the same for all launches of a chain, and with their sizes decides how they are launched."""
+
+    kind: str  # which row of the tile table
+    upcast: bool  # Triton's interpreter computes bfloat16 products wrongly
+    device: Device
+
+    def product_options(self, tile: Tile) -> dict[str, Any]:
+        """The options of every product: how the tile is compiled and which arithmetic it uses."""
+        return COMPILE_OPTIONS | {
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+            "GROUP": GROUP,
+            "INPUT_PRECISION": "tf32" if self.kind == "tf32" else "ieee",
+            "UPCAST": self.upcast,
+        }
+
+    def programs(self, work: int, tile: Tile) -> tuple[int]:
+        """A persistent grid for ``work`` tiles: what the multiprocessors hold at one time, or less.
+
+        16 warps a multiprocessor leave each thread 128 registers, about what these kernels use.
+        """
+        by_memory = self.device.shared_memory // tile.shared_memory(ITEMSIZE[self.kind])
+        return (min(work, self.device.num_sms * max(1, min(16 // tile.num_warps, by_memory))),)
+
+
+_setting = functools.cache(Setting)
+
+
+def setting_of(x: torch.Tensor) -> Setting:
+    """The setting of a chain that starts with x, or ends with the gradient x."""
+    upcast = x.dtype == torch.bfloat16 and interpreting()
+    return _setting(arithmetic(x.dtype), upcast, device_limits(x.device.index if x.is_cuda else None))
+
+
+# Choosing a tile and a grid costs as much time on the CPU as launching: each launcher remembers its choices
+# for so many sizes.
+PLANS = 4096
 
 
 def arithmetic(dtype: torch.dtype) -> str:
@@ -90,23 +122,16 @@ def arithmetic(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def precision_options(kind: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The constexprs that fix the arithmetic of a product."""
-    return {
-        "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
-        "UPCAST": dtype == torch.bfloat16 and interpreting(),
-    }
+def is_aligned(columns: int) -> bool:
+    """Whether a new contiguous tensor of so many columns is regular."""
+    return columns % 16 == 0 and columns < 2**22
 
 
-def is_regular(x: torch.Tensor, out_columns: int) -> bool:
+def is_regular(x: torch.Tensor) -> bool:
     """Whether a product may read x (2-D) in 16-byte pieces and count in 32 bits within a tile.
 
-    Its rows are contiguous, and what Triton asks of an argument to know its alignment holds: the address and
-    each size and pitch are multiples of 16. 256 rows, of x or of the output, are less than 2**31 elements.
+    Its rows are contiguous, and what Triton asks of an argument to know its alignment holds: the address, the
+    number of columns and the pitch are multiples of 16. 256 rows are less than 2**31 elements.
     """
     pitch, step = x.stride()
-    return (
-        step == 1
-        and x.data_ptr() % 16 == pitch % 16 == x.shape[1] % 16 == out_columns % 16 == 0
-        and max(pitch, out_columns) < 2**22
-    )
+    return x.shape[1] % 16 == 0 and step == 1 and pitch % 16 == 0 and pitch < 2**22 and x.data_ptr() % 16 == 0

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch
+from ._launch import COMPILE_OPTIONS, launch
 from ._tiles import cdiv
 
 # Partial sums (parts, ...) in float32, and the tensor (...) that is to hold their sum; all contiguous.
@@ -69,7 +69,6 @@ def add_up(sums: Sums) -> None:
         sizes = tuple(out.numel() for out in outs)
         block_p = max(1, min(32, triton.next_power_of_2(max(parts))))
         block = 2048 // block_p
-        launch(
-            _add_up_kernel, (sum(cdiv(size, block) for size in sizes),), outs[0],
-            partials, outs, parts, sizes, BLOCK_P=block_p, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+        grid = (sum(cdiv(size, block) for size in sizes),)
+        options = COMPILE_OPTIONS | {"BLOCK_P": block_p, "BLOCK": block, "num_warps": 4}
+        launch(_add_up_kernel, grid, outs[0], (partials, outs, parts, sizes), options)

@@ -48,7 +48,7 @@ DESCRIPTOR_TILES: dict[str, tuple[Tile, ...]] = {
 }
 
 ITEMSIZE = {"half": 2, "tf32": 4, "ieee": 4}
-GROUP_R = 8
+GROUP = 8  # tiles of rows that run together, see _gemm.tile_position
 
 
 def cdiv(a: int, b: int) -> int:

@@ -1,12 +1,15 @@
 """Layer forward: ``y = x @ weight.T + bias``, with ReLU or without, in one launch."""
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from ._gemm import tile_position, tile_product, tile_range
-from ._launch import arithmetic, is_regular, launch, limits_of, precision_options, programs
-from ._tiles import GROUP_R, count_tiles, select_tile
+from ._launch import PLANS, Setting, launch
+from ._tiles import count_tiles, select_tile
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -28,7 +31,7 @@ def _linear_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    GROUP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -36,7 +39,7 @@ def _linear_forward_kernel(
     tiles_n = tl.cdiv(N, BLOCK_N)
     # Persistent: one-tile programs are the ones in which ptxas serialises wgmma on sm_90.
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, GROUP)
         first_m, offs_m, valid_m = tile_range(tile_m, BLOCK_M, M, WIDE)
         first_n, offs_n, valid_n = tile_range(tile_n, BLOCK_N, N, WIDE)
         acc = tile_product(
@@ -61,31 +64,35 @@ def _linear_forward_kernel(
             tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=valid_m[:, None] & valid_n[None, :])
 
 
+@functools.lru_cache(PLANS)
+def _plan(M: int, N: int, relu: bool, regular: bool, setting: Setting) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and options for these sizes."""
+    tile = select_tile([(M, N)], setting.kind, regular, setting.device.num_sms)
+    blocks = {"BLOCK_M": tile.BLOCK_R, "BLOCK_N": tile.BLOCK_C, "BLOCK_K": tile.BLOCK_K, "WIDE": not regular}
+    blocks["RELU"] = relu
+    return setting.programs(count_tiles([(M, N)], tile), tile), blocks | setting.product_options(tile)
+
+
 def linear_forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    relu: bool,
+    regular: bool,
+    setting: Setting,
 ) -> torch.Tensor:
     """``x (M, K) @ weight.T (K, N) + bias (N,)``, then ReLU if asked: ``(M, N)``, contiguous.
 
     float32, float16 or bfloat16, the same for all, any strides. Sums, bias and ReLU are in float32 and
     rounded once; float32 products are IEEE unless torch's settings allow TF32. NaN stays NaN under ReLU.
+    regular: x, weight and the result are, see is_regular.
     """
     M, K = x.shape
     N = weight.shape[0]
     y = x.new_empty(M, N)
-    if y.numel() == 0:
+    if M == 0 or N == 0:
         return y
-    device = limits_of(x)
-    kind = arithmetic(x.dtype)
-    regular = is_regular(x, N) and is_regular(weight, N)
-    tile = select_tile([(M, N)], kind, regular, device.num_sms)
-    tiles = count_tiles([(M, N)], tile)
-    launch(
-        _linear_forward_kernel, (programs(tiles, tile, kind, device),), x,
-        x, weight, bias, y, M, N, K,
-        x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), 1 if bias is None else bias.stride(0),
-        RELU=relu, WIDE=not regular,
-        BLOCK_M=tile.BLOCK_R, BLOCK_N=tile.BLOCK_C, BLOCK_K=tile.BLOCK_K, GROUP_M=GROUP_R,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-        **precision_options(kind, x.dtype),
-    )  # fmt: skip
+    grid, options = _plan(M, N, relu, regular, setting)
+    strides = *x.stride(), *weight.stride(), 1 if bias is None else bias.stride(0)
+    launch(_linear_forward_kernel, grid, x, (x, weight, bias, y, M, N, K, *strides), options)
     return y

@@ -4,15 +4,18 @@ Between two layers of a chain the ReLU's mask and the bias gradient of the layer
 product while it is still in registers, so that no pass over the activations is left in the backward.
 """
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._gemm import tile_position, tile_product, tile_range
-from ._launch import arithmetic, is_regular, launch, limits_of, precision_options, programs
+from ._launch import PLANS, Setting, launch
 from ._partials import Sums, parts_of
-from ._tiles import DESCRIPTOR_TILES, GROUP_R, TILES, Tile, cdiv, count_tiles, select_tile
+from ._tiles import Tile, cdiv, count_tiles, select_tile
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -35,14 +38,14 @@ def _grad_input_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    GROUP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_k = tl.cdiv(K, BLOCK_K)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_k, tl.num_programs(0)):
-        tile_m, tile_k = tile_position(tile, tiles_m, tiles_k, GROUP_M)
+        tile_m, tile_k = tile_position(tile, tiles_m, tiles_k, GROUP)
         first_m, offs_m, valid_m = tile_range(tile_m, BLOCK_M, M, WIDE)
         first_k, offs_k, valid_k = tile_range(tile_k, BLOCK_K, K, WIDE)
         acc = tile_product(
@@ -79,7 +82,7 @@ def _grad_input_descriptor_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """The same with tensor descriptors: the tensor memory accelerator of sm_90 and newer copies whole blocks,
@@ -87,7 +90,7 @@ def _grad_input_descriptor_kernel(
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_k = tl.cdiv(K, BLOCK_K)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_k, tl.num_programs(0)):
-        tile_m, tile_k = tile_position(tile, tiles_m, tiles_k, GROUP_M)
+        tile_m, tile_k = tile_position(tile, tiles_m, tiles_k, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
         for n in tl.range(0, N, BLOCK_N):
             grad_z = grad_z_desc.load([tile_m * BLOCK_M, n])
@@ -111,56 +114,56 @@ def _grad_input_descriptor_kernel(
             grad_x_desc.store([tile_m * BLOCK_M, first_k], grad_x.to(grad_x_desc.dtype))
 
 
+@functools.lru_cache(PLANS)
+def _plan(
+    M: int, K: int, regular: bool, setting: Setting, tile: Tile | None
+) -> tuple[Tile, tuple[int], dict[str, Any]]:
+    """Tile, grid and options for these sizes."""
+    tile = tile or select_tile([(M, K)], setting.kind, regular, setting.device.num_sms)
+    blocks = {"BLOCK_M": tile.BLOCK_R, "BLOCK_K": tile.BLOCK_C, "BLOCK_N": tile.BLOCK_K}
+    options = blocks | setting.product_options(tile)
+    if tile.descriptors:
+        del options["INPUT_PRECISION"]
+    else:
+        options["WIDE"] = not regular
+    return tile, setting.programs(count_tiles([(M, K)], tile), tile), options
+
+
 def grad_input(
     grad_z: torch.Tensor,
     weight: torch.Tensor,
     y: torch.Tensor | None,
     need_grad_bias: bool,
+    regular: bool,
+    setting: Setting,
     sums: Sums,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``grad_z (M, N) @ weight (N, K)``: ``(M, K)``, contiguous. Dtypes and strides as in linear_forward.
 
     With y (M, K), the output of the ReLU below: 0 where y <= 0, and if ``need_grad_bias`` the second result
-    is the bias gradient (K,) of the layer below, complete once ``add_up(sums)`` has run. ``tile``: other
-    than the table's choice, for tests and timings.
+    is the bias gradient (K,) of the layer below, complete once ``add_up(sums)`` has run. regular: all that is
+    read is, see is_regular. tile: another than the table's choice, for tests and timings.
     """
     M, N = grad_z.shape
     K = weight.shape[1]
     grad_x = grad_z.new_empty(M, K)
     grad_bias = grad_z.new_empty(K) if need_grad_bias else None
-    device = limits_of(grad_z)
-    kind = arithmetic(grad_z.dtype)
-    if tile is None:
-        regular = is_regular(grad_z, K) and is_regular(weight, K) and (y is None or is_regular(y, K))
-        tile = select_tile([(M, K)], kind, regular, device.num_sms)
-    else:
-        regular = tile in TILES[kind] + DESCRIPTOR_TILES[kind]
+    tile, grid, options = _plan(M, K, regular, setting, tile)
     partials = None if grad_bias is None else parts_of(grad_bias, cdiv(M, tile.BLOCK_R), sums)
-    if grad_x.numel() == 0:
+    if M == 0 or K == 0:
         return grad_x, grad_bias
-    tiles = count_tiles([(M, K)], tile)
-    grid = (programs(tiles, tile, kind, device),)
-    blocks = {"BLOCK_M": tile.BLOCK_R, "BLOCK_K": tile.BLOCK_C, "BLOCK_N": tile.BLOCK_K, "GROUP_M": GROUP_R}
-    compiled = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    precision = precision_options(kind, grad_z.dtype)
     if tile.descriptors:
         of_output = [tile.BLOCK_R, tile.BLOCK_C // 2]
-        launch(
-            _grad_input_descriptor_kernel, grid, grad_z,
+        descriptors = (
             TensorDescriptor.from_tensor(grad_z, [tile.BLOCK_R, tile.BLOCK_K]),
             TensorDescriptor.from_tensor(weight, [tile.BLOCK_K, tile.BLOCK_C]),
             None if y is None else TensorDescriptor.from_tensor(y, of_output),
             TensorDescriptor.from_tensor(grad_x, of_output),
-            partials, M, N, K,
-            UPCAST=precision["UPCAST"], **blocks, **compiled,
-        )  # fmt: skip
+        )
+        launch(_grad_input_descriptor_kernel, grid, grad_z, (*descriptors, partials, M, N, K), options)
     else:
-        launch(
-            _grad_input_kernel, grid, grad_z,
-            grad_z, weight, y, grad_x, partials, M, N, K,
-            grad_z.stride(0), grad_z.stride(1), weight.stride(0), weight.stride(1),
-            0 if y is None else y.stride(0), 1 if y is None else y.stride(1),
-            WIDE=not regular, **blocks, **compiled, **precision,
-        )  # fmt: skip
+        strides = *grad_z.stride(), *weight.stride(), *((0, 1) if y is None else y.stride())
+        args = (grad_z, weight, y, grad_x, partials, M, N, K, *strides)
+        launch(_grad_input_kernel, grid, grad_z, args, options)
     return grad_x, grad_bias

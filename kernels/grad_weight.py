@@ -5,19 +5,27 @@ into parts, the same for all. What is left of the bias gradients, that of a last
 along.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ._gemm import tile_position, tile_product, tile_range
-from ._launch import arithmetic, is_regular, launch, limits_of, precision_options, programs
+from ._launch import PLANS, Setting, launch
 from ._partials import Sums, parts_of
-from ._tiles import GROUP_R, IRREGULAR, cdiv, count_tiles, most_splits, select_splits, select_tile
+from ._tiles import IRREGULAR, cdiv, count_tiles, most_splits, select_splits, select_tile
 from .relu_backward import BLOCK_M, BLOCK_N, chunks_of, relu_backward, relu_backward_chunk
 
-Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # grad_z (M, N), x (M, K), and where to (N, K)
+
+class Layer(NamedTuple):
+    grad_z: torch.Tensor  # (M, N)
+    x: torch.Tensor  # (M, K)
+    regular: bool  # both are, see is_regular
+    grad: torch.Tensor  # (N, K), contiguous: the result
+
 
 MOST_AT_ONCE = 16  # layers in one launch: the kernel looks for a tile's layer one after the other
 
@@ -38,7 +46,7 @@ def _tiles_of_layers(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    GROUP_N: tl.constexpr,
+    GROUP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -64,7 +72,7 @@ def _tiles_of_layers(
             end += tl.cdiv(Ns[i], BLOCK_N) * tl.cdiv(Ks[i], BLOCK_K)
         tiles_n = tl.cdiv(N, BLOCK_N)
         tiles_k = tl.cdiv(K, BLOCK_K)
-        tile_n, tile_k = tile_position(tile - begin, tiles_n, tiles_k, GROUP_N)
+        tile_n, tile_k = tile_position(tile - begin, tiles_n, tiles_k, GROUP)
         first_n, offs_n, valid_n = tile_range(tile_n, BLOCK_N, N, WIDE)
         first_k, offs_k, valid_k = tile_range(tile_k, BLOCK_K, K, WIDE)
         row_begin = split * rows_per_split
@@ -99,7 +107,7 @@ def _grad_weights_kernel(
     ODD_BLOCK_N: tl.constexpr,
     ODD_BLOCK_K: tl.constexpr,
     ODD_BLOCK_M: tl.constexpr,
-    GROUP_N: tl.constexpr,
+    GROUP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     SUM_BLOCK_M: tl.constexpr,
@@ -109,14 +117,14 @@ def _grad_weights_kernel(
         _tiles_of_layers(
             layers[0], layers[1], layers[2], layers[3], layers[4], layers[5], layers[6],
             M, splits, rows_per_split,
-            False, BLOCK_N, BLOCK_K, BLOCK_M, GROUP_N, INPUT_PRECISION, UPCAST,
+            False, BLOCK_N, BLOCK_K, BLOCK_M, GROUP, INPUT_PRECISION, UPCAST,
         )  # fmt: skip
     if odd_layers is not None:
         _tiles_of_layers(
             odd_layers[0], odd_layers[1], odd_layers[2], odd_layers[3],
             odd_layers[4], odd_layers[5], odd_layers[6],
             M, splits, rows_per_split,
-            True, ODD_BLOCK_N, ODD_BLOCK_K, ODD_BLOCK_M, GROUP_N, INPUT_PRECISION, UPCAST,
+            True, ODD_BLOCK_N, ODD_BLOCK_K, ODD_BLOCK_M, GROUP, INPUT_PRECISION, UPCAST,
         )  # fmt: skip
     if grad_z_ptr is not None:
         blocks_n = tl.cdiv(N, SUM_BLOCK_N)
@@ -127,79 +135,98 @@ def _grad_weights_kernel(
             )  # fmt: skip
 
 
-def _arguments(layers: Sequence[Layer]) -> tuple[object, ...] | None:
-    """``(grad_z, x, out)`` of each layer, as _tiles_of_layers takes them."""
-    if not layers:
-        return None
-    grad_zs, xs, outs = zip(*layers, strict=True)
-    return (
-        grad_zs, xs, outs,
-        tuple(grad_z.shape[1] for grad_z in grad_zs), tuple(x.shape[1] for x in xs),
-        tuple(grad_z.stride(0) for grad_z in grad_zs), tuple(x.stride(0) for x in xs),
-    )  # fmt: skip
+class _Plan(NamedTuple):
+    splits: int
+    rows_per_split: int
+    grid: tuple[int]
+    options: dict[str, Any]
+
+
+@functools.lru_cache(PLANS)
+def _plan(
+    M: int,
+    sizes: tuple[tuple[int, int], ...],
+    odd_sizes: tuple[tuple[int, int], ...],
+    chunks: int,
+    setting: Setting,
+) -> _Plan:
+    """For layers of these sizes (N, K), regular and not, and with so many parts of a bias gradient."""
+    num_sms = setting.device.num_sms
+    odd_tile = IRREGULAR[setting.kind]
+    # One program's warps and stages are those of the larger tile.
+    tile = select_tile(sizes, setting.kind, True, num_sms, most_splits(M)) if sizes else odd_tile
+    tiles = count_tiles(sizes, tile) + count_tiles(odd_sizes, odd_tile)
+    splits = select_splits(tiles, M, num_sms)
+    rows_per_split = cdiv(cdiv(M, splits), tile.BLOCK_K) * tile.BLOCK_K
+    blocks = {"BLOCK_N": tile.BLOCK_R, "BLOCK_K": tile.BLOCK_C, "BLOCK_M": tile.BLOCK_K}
+    blocks |= {"ODD_BLOCK_N": odd_tile.BLOCK_R, "ODD_BLOCK_K": odd_tile.BLOCK_C}
+    blocks |= {"ODD_BLOCK_M": odd_tile.BLOCK_K, "SUM_BLOCK_M": BLOCK_M, "SUM_BLOCK_N": BLOCK_N}
+    grid = setting.programs(max(tiles * splits, chunks), tile)
+    return _Plan(splits, rows_per_split, grid, blocks | setting.product_options(tile))
 
 
 def _one_launch(
     layers: Sequence[Layer],
     bias_left: torch.Tensor | None,
     grad_bias: torch.Tensor | None,
+    setting: Setting,
     sums: Sums,
 ) -> None:
-    """The ``(grad_z, x, out)`` of at most MOST_AT_ONCE layers, none of them empty, and a bias gradient."""
-    x = layers[0][1]
-    M = x.shape[0]
-    device = limits_of(x)
-    kind = arithmetic(x.dtype)
+    """At most MOST_AT_ONCE layers, none of them empty, and a bias gradient."""
+    M = layers[0].x.shape[0]
     regular: list[Layer] = []
     odd: list[Layer] = []
     for layer in layers:
-        columns = layer[1].shape[1]
-        both = is_regular(layer[0], columns) and is_regular(layer[1], columns)
-        (regular if both else odd).append(layer)
-    # One program's warps and stages are those of the larger tile.
-    odd_tile = IRREGULAR[kind]
-    sizes, odd_sizes = ([(out.shape[0], out.shape[1]) for _, _, out in group] for group in (regular, odd))
-    tile = select_tile(sizes, kind, True, device.num_sms, most_splits(M)) if regular else odd_tile
-    tiles = count_tiles(sizes, tile) + count_tiles(odd_sizes, odd_tile)
-    splits = select_splits(tiles, M, device.num_sms)
-    rows_per_split = cdiv(cdiv(M, splits), tile.BLOCK_K) * tile.BLOCK_K
-    stored = [[(z, x, parts_of(out, splits, sums)) for z, x, out in group] for group in (regular, odd)]
-    partials, N, stride, chunks, rows_per_chunk = None, 0, 0, 0, 0
+        (regular if layer.regular else odd).append(layer)
+    partials, N, stride, chunks, rows_per_chunk, blocks = None, 0, 0, 0, 0, 0
     if bias_left is not None and grad_bias is not None:
         N, stride = bias_left.shape[1], bias_left.stride(0)
-        chunks, rows_per_chunk = chunks_of(bias_left)
+        chunks, rows_per_chunk, blocks = chunks_of(M, N, setting.device.num_sms)
         partials = parts_of(grad_bias, chunks, sums)
-    items = max(tiles * splits, cdiv(N, BLOCK_N) * chunks)
-    launch(
-        _grad_weights_kernel, (programs(items, tile, kind, device),), x,
-        _arguments(stored[0]), _arguments(stored[1]), M, splits, rows_per_split,
-        bias_left, partials, N, stride, chunks, rows_per_chunk,
-        BLOCK_N=tile.BLOCK_R, BLOCK_K=tile.BLOCK_C, BLOCK_M=tile.BLOCK_K,
-        ODD_BLOCK_N=odd_tile.BLOCK_R, ODD_BLOCK_K=odd_tile.BLOCK_C, ODD_BLOCK_M=odd_tile.BLOCK_K,
-        GROUP_N=GROUP_R, SUM_BLOCK_M=BLOCK_M, SUM_BLOCK_N=BLOCK_N,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-        **precision_options(kind, x.dtype),
+    plan = _plan(
+        M, tuple([layer.grad.shape for layer in regular]), tuple([layer.grad.shape for layer in odd]),
+        chunks * blocks, setting,
     )  # fmt: skip
+    args = (
+        _arguments(regular, plan.splits, sums), _arguments(odd, plan.splits, sums),
+        M, plan.splits, plan.rows_per_split, bias_left, partials, N, stride, chunks, rows_per_chunk,
+    )  # fmt: skip
+    launch(_grad_weights_kernel, plan.grid, layers[0].x, args, plan.options)
+
+
+def _arguments(layers: Sequence[Layer], splits: int, sums: Sums) -> tuple[object, ...] | None:
+    """What _tiles_of_layers takes."""
+    if not layers:
+        return None
+    return (
+        tuple([layer.grad_z for layer in layers]),
+        tuple([layer.x for layer in layers]),
+        tuple([parts_of(layer.grad, splits, sums) for layer in layers]),
+        tuple([layer.grad.shape[0] for layer in layers]),
+        tuple([layer.grad.shape[1] for layer in layers]),
+        tuple([layer.grad_z.stride(0) for layer in layers]),
+        tuple([layer.x.stride(0) for layer in layers]),
+    )
 
 
 def grad_weights(
-    layers: Sequence[tuple[torch.Tensor, torch.Tensor]], bias_left: torch.Tensor | None, sums: Sums
-) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """``grad_z.T (N, M) @ x (M, K)`` for each ``(grad_z, x)``: ``(N, K)``, contiguous.
+    layers: Sequence[Layer], bias_left: torch.Tensor | None, setting: Setting, sums: Sums
+) -> torch.Tensor | None:
+    """``grad_z.T (N, M) @ x (M, K)`` into each layer's ``grad (N, K)``.
 
     One M and one dtype for all, and the elements of a row side by side (stride 1). bias_left: a grad_z (M, N)
-    whose rows are to be summed as well, to ``(N,)``, the second result. All are complete once
-    ``add_up(sums)`` has run, and the same bits every time: partial sums are added in a fixed order, without
-    atomics.
+    whose rows are to be summed as well, to the result ``(N,)``. All are complete once ``add_up(sums)`` has
+    run, and the same bits every time: partial sums are added in a fixed order, without atomics.
     """
-    outs = [x.new_empty(grad_z.shape[1], x.shape[1]) for grad_z, x in layers]
-    work = [(*pair, out) for pair, out in zip(layers, outs, strict=True) if out.numel()]
-    grad_bias = None
-    if bias_left is not None and work and bias_left.shape[1]:
+    work = [layer for layer in layers if layer.grad.numel()]
+    if bias_left is None:
+        grad_bias = None
+    elif work and bias_left.shape[1]:
         grad_bias = bias_left.new_empty(bias_left.shape[1])
-    elif bias_left is not None:  # there is nothing to go along with
-        _, grad_bias = relu_backward(bias_left, None, True, sums)
+    else:  # there is nothing to go along with
+        _, grad_bias = relu_backward(bias_left, None, True, setting, sums)
         bias_left = None
     for first in range(0, len(work), MOST_AT_ONCE):
-        _one_launch(work[first : first + MOST_AT_ONCE], bias_left if first == 0 else None, grad_bias, sums)
-    return outs, grad_bias
+        now = work[first : first + MOST_AT_ONCE]
+        _one_launch(now, None if first else bias_left, grad_bias, setting, sums)
+    return grad_bias

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import torch
 
+from ._launch import is_aligned, is_regular, setting_of
 from ._partials import Sums, add_up
 from .forward import linear_forward
 from .grad_input import grad_input
-from .grad_weight import grad_weights
+from .grad_weight import Layer, grad_weights
 from .relu_backward import relu_backward
 
 # Weight gradients of so many elements fill a chip several times over. One launch for all layers saves
@@ -31,9 +32,15 @@ def mlp_forward(
     The outputs ``(M, N)``, contiguous, of the layers from number ``keep`` on: backward needs those, inference
     only the last. Dtypes and strides as in linear_forward.
     """
+    setting = setting_of(x)
+    last = len(weights) - 1
+    x_regular = is_regular(x)
     ys = []
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        x = linear_forward(x, weight, bias, final_relu or i < len(weights) - 1)
+    for i, weight in enumerate(weights):
+        y_regular = is_aligned(weight.shape[0])
+        regular = x_regular and y_regular and is_regular(weight)
+        x = linear_forward(x, weight, biases[i], final_relu or i < last, regular, setting)
+        x_regular = y_regular
         if i >= keep:
             ys.append(x)
     return ys
@@ -56,43 +63,44 @@ def mlp_backward(
     Nothing that comes in is written to.
     """
     count = len(weights)
+    setting = setting_of(grad_output)
+    grad_x = None
     grads_w: list[torch.Tensor | None] = [None] * count
     grads_b: list[torch.Tensor | None] = [None] * count
     sums: Sums = []
-    waiting: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # for their weight gradients
+    waiting: list[Layer] = []  # for their weight gradients
+    elements = 0
     bias_left = None
-
-    def weight_gradients() -> None:
-        nonlocal bias_left
-        if waiting or bias_left is not None:
-            grads, grad_bias = grad_weights([(z, x) for _, z, x in waiting], bias_left, sums)
-            for (i, _, _), grad in zip(waiting, grads, strict=True):
-                grads_w[i] = grad
-            if bias_left is not None:
-                grads_b[-1] = grad_bias
-            waiting.clear()
-            bias_left = None
-
     if final_relu:
-        grad_z, grads_b[-1] = relu_backward(grad_output, activations[-1], need_biases[-1], sums)
+        grad_z, grads_b[-1] = relu_backward(grad_output, activations[-1], need_biases[-1], setting, sums)
     else:
         grad_z = row_major(grad_output)
         bias_left = grad_z if need_biases[-1] else None
-    grad_x = None
+    z_regular = is_regular(grad_z)
     for i in range(count - 1, lowest - 1, -1):
         x, weight = activations[i], weights[i]
+        x_regular = x is not None and is_regular(x)
         if need_weights[i]:
             assert x is not None
-            waiting.append((i, grad_z, row_major(x)))
-            if sum(z.shape[1] * x.shape[1] for _, z, x in waiting) > ENOUGH:
-                weight_gradients()
+            grads_w[i] = grad_w = x.new_empty(grad_z.shape[1], x.shape[1])
+            waiting.append(Layer(grad_z, x if x_regular else row_major(x), z_regular and x_regular, grad_w))
+            elements += grad_w.numel()
+            if elements > ENOUGH:
+                grad_bias = grad_weights(waiting, bias_left, setting, sums)
+                grads_b[-1] = grads_b[-1] if grad_bias is None else grad_bias
+                waiting, elements, bias_left = [], 0, None
         if i > lowest:
             assert weight is not None
-            grad_z, grads_b[i - 1] = grad_input(grad_z, weight, x, need_biases[i - 1], sums)
+            regular = z_regular and x_regular and is_regular(weight)
+            grad_z, grads_b[i - 1] = grad_input(grad_z, weight, x, need_biases[i - 1], regular, setting, sums)
+            z_regular = is_aligned(weight.shape[1])
         elif need_x:
             assert weight is not None
-            grad_x, _ = grad_input(grad_z, weight, None, False, sums)
-    weight_gradients()
+            regular = z_regular and is_regular(weight)
+            grad_x, _ = grad_input(grad_z, weight, None, False, regular, setting, sums)
+    if waiting or bias_left is not None:
+        grad_bias = grad_weights(waiting, bias_left, setting, sums)
+        grads_b[-1] = grads_b[-1] if grad_bias is None else grad_bias
     add_up(sums)
     return grad_x, grads_w, grads_b
 

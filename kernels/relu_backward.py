@@ -3,16 +3,19 @@
 One pass over the rows does both: ``grad_z = grad_output * (y > 0)``, ``grad_bias = grad_z.sum(0)``.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch, limits_of
+from ._launch import COMPILE_OPTIONS, PLANS, Setting, launch
 from ._partials import Sums, parts_of
 from ._tiles import cdiv
 
 BLOCK_M = 32
 BLOCK_N = 128
+_OPTIONS = COMPILE_OPTIONS | {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": 4}
 
 
 @triton.jit
@@ -80,16 +83,17 @@ def _relu_backward_kernel(
     )  # fmt: skip
 
 
-def chunks_of(x: torch.Tensor) -> tuple[int, int]:
-    """``(chunks, rows_per_chunk)``: about four programs a multiprocessor, enough to hide memory's latency."""
-    M, N = x.shape
-    wanted = cdiv(4 * limits_of(x).num_sms, cdiv(N, BLOCK_N))
-    rows_per_chunk = cdiv(cdiv(M, min(wanted, cdiv(M, BLOCK_M)) or 1), BLOCK_M) * BLOCK_M
-    return cdiv(M, rows_per_chunk or 1), rows_per_chunk
+@functools.lru_cache(PLANS)
+def chunks_of(M: int, N: int, num_sms: int) -> tuple[int, int, int]:
+    """``(chunks, rows_per_chunk, blocks of columns)``: about four programs a multiprocessor, for latency."""
+    blocks = cdiv(N, BLOCK_N)
+    wanted = max(1, min(cdiv(4 * num_sms, blocks), cdiv(M, BLOCK_M)))
+    rows_per_chunk = cdiv(cdiv(M, wanted), BLOCK_M) * BLOCK_M
+    return cdiv(M, max(1, rows_per_chunk)), rows_per_chunk, blocks
 
 
 def relu_backward(
-    grad_output: torch.Tensor, y: torch.Tensor | None, need_grad_bias: bool, sums: Sums
+    grad_output: torch.Tensor, y: torch.Tensor | None, need_grad_bias: bool, setting: Setting, sums: Sums
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``(grad_z (M, N), grad_bias (N,) or None)`` from grad_output (M, N) of any strides and the output y.
 
@@ -99,17 +103,14 @@ def relu_backward(
     """
     M, N = grad_output.shape
     grad_z = grad_output if y is None else grad_output.new_empty(M, N)
-    if N == 0:
-        return grad_z, grad_output.new_empty(0) if need_grad_bias else None
     grad_bias = grad_output.new_empty(N) if need_grad_bias else None
-    chunks, rows_per_chunk = chunks_of(grad_output)
+    if N == 0:
+        return grad_z, grad_bias
+    chunks, rows_per_chunk, blocks = chunks_of(M, N, setting.device.num_sms)
     partials = None if grad_bias is None else parts_of(grad_bias, chunks, sums)
     if M > 0:
-        launch(
-            _relu_backward_kernel, (cdiv(N, BLOCK_N), chunks), grad_output,
-            grad_output, y, None if y is None else grad_z, partials, M, N, rows_per_chunk,
-            grad_output.stride(0), grad_output.stride(1),
-            0 if y is None else y.stride(0), 0 if y is None else y.stride(1),
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
-        )  # fmt: skip
+        strides = *grad_output.stride(), *((0, 0) if y is None else y.stride())
+        target = None if y is None else grad_z
+        args = (grad_output, y, target, partials, M, N, rows_per_chunk, *strides)
+        launch(_relu_backward_kernel, (blocks, chunks), grad_output, args, _OPTIONS)
     return grad_z, grad_bias

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from fusedmlp.kernels._launch import COMPILE_OPTIONS
 from fusedmlp.kernels._partials import _add_up_kernel
-from fusedmlp.kernels._tiles import DESCRIPTOR_TILES, GROUP_R, IRREGULAR, ITEMSIZE, TILES, Tile
+from fusedmlp.kernels._tiles import DESCRIPTOR_TILES, GROUP, IRREGULAR, ITEMSIZE, TILES, Tile
 from fusedmlp.kernels.forward import _linear_forward_kernel
 from fusedmlp.kernels.grad_input import _grad_input_descriptor_kernel, _grad_input_kernel
 from fusedmlp.kernels.grad_weight import _grad_weights_kernel
@@ -69,7 +69,7 @@ def products(
             arguments |= dict.fromkeys(operands, f"*{dtype}{multiple}")
             odd = shape[0]  # the size N or K, where the shape names one
             arguments |= {name: "i32" for name, size in [*pitches.items(), (odd, odd)] if size == odd}
-            arguments |= dict(zip(blocks, (tile.BLOCK_R, tile.BLOCK_C, tile.BLOCK_K, GROUP_R), strict=True))
+            arguments |= dict(zip(blocks, (tile.BLOCK_R, tile.BLOCK_C, tile.BLOCK_K, GROUP), strict=True))
             arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
             arguments |= {"UPCAST": False, "WIDE": shape != "regular", "M": "i32"} | given
             if arguments.get("bias_ptr") == "like x":
@@ -100,7 +100,7 @@ def descriptor_products() -> Iterator[Spec]:
                 "partials_ptr": "*fp32:16" if sums else None,
             }
             arguments |= {f"BLOCK_{name}": block[name] for name in "MNK"}
-            arguments |= {"GROUP_M": GROUP_R, "UPCAST": False}
+            arguments |= {"GROUP": GROUP, "UPCAST": False}
             name = f"descriptors {dtype} {tuple(tile)} relu={relu} sums={sums}"
             yield Spec(name, _grad_input_descriptor_kernel, arguments, kind, tile)
 
@@ -126,7 +126,7 @@ def grouped_products() -> Iterator[Spec]:
             bias_left |= dict.fromkeys(("N", "stride_zm", "chunks", "rows_per_chunk"), "i32")
             arguments = {"layers": group(regular, ":16"), "odd_layers": group(irregular, "")}
             arguments |= dict.fromkeys(("M", "splits", "rows_per_split"), "i32") | bias_left | blocks
-            arguments |= {"GROUP_N": GROUP_R, "SUM_BLOCK_M": BLOCK_M, "SUM_BLOCK_N": BLOCK_N, "UPCAST": False}
+            arguments |= {"GROUP": GROUP, "SUM_BLOCK_M": BLOCK_M, "SUM_BLOCK_N": BLOCK_N, "UPCAST": False}
             arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
             name = f"grad_weights {dtype} {kind} {tuple(tile)} {layers} layers, {parts=}"
             yield Spec(name, _grad_weights_kernel, arguments, kind, tile)
@@ -140,7 +140,7 @@ def specs(which: str) -> Iterator[Spec]:
             _linear_forward_kernel,
             ("x_ptr", "weight_ptr", "y_ptr"),
             {"stride_xm": "K", "stride_wn": "K"},
-            ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M"),
+            ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP"),
             {
                 "relu and bias": layer | {"stride_xk": 1},
                 "plain": layer | {"RELU": False, "bias_ptr": None, "stride_xk": 1},
@@ -153,7 +153,7 @@ def specs(which: str) -> Iterator[Spec]:
             _grad_input_kernel,
             ("grad_z_ptr", "weight_ptr", "y_ptr", "grad_x_ptr"),
             {"stride_zm": "N", "stride_wn": "K", "stride_ym": "K"},
-            ("BLOCK_M", "BLOCK_K", "BLOCK_N", "GROUP_M"),
+            ("BLOCK_M", "BLOCK_K", "BLOCK_N", "GROUP"),
             {
                 "relu and sums": layer | {"partials_ptr": "*fp32:16"},
                 "relu": layer | {"partials_ptr": None},

@@ -55,13 +55,29 @@ def bounds(dtype: torch.dtype) -> dict[str, float]:
 
 def launch(launcher: str, *arguments: Any, **options: Any) -> Any:
     """A launcher's result, its sums over rows added up."""
-    from fusedmlp.kernels import _partials, forward, grad_input, grad_weight, relu_backward
+    from fusedmlp.kernels import _launch, _partials, forward, grad_input, grad_weight, relu_backward
 
-    if launcher == "linear_forward":
-        return forward.linear_forward(*arguments)
+    setting = _launch.setting_of(tensors_of(arguments)[0])
     sums: Any = []
-    rooms = {"grad_weights": grad_weight, "grad_input": grad_input, "relu_backward": relu_backward}
-    result = getattr(rooms[launcher], launcher)(*arguments, sums, **options)
+    if launcher == "linear_forward":
+        x, weight, _, _ = arguments
+        regular = _launch.is_regular(x) and _launch.is_regular(weight) and _launch.is_aligned(len(weight))
+        return forward.linear_forward(*arguments, regular, setting)
+    if launcher == "relu_backward":
+        result: Any = relu_backward.relu_backward(*arguments, setting, sums)
+    elif launcher == "grad_input":
+        regular = all(_launch.is_regular(t) for t in arguments[:3] if t is not None)
+        result = grad_input.grad_input(*arguments, regular, setting, sums, **options)
+    else:
+        pairs, bias_left = arguments
+        layers = [
+            grad_weight.Layer(
+                z, x, _launch.is_regular(z) and _launch.is_regular(x), x.new_empty(z.shape[1], x.shape[1])
+            )
+            for z, x in pairs
+        ]
+        grad_bias = grad_weight.grad_weights(layers, bias_left, setting, sums)
+        result = [layer.grad for layer in layers], grad_bias
     _partials.add_up(sums)
     return result
 
@@ -363,19 +379,20 @@ def test_tf32_follows_torchs_setting(device: torch.device) -> None:
 
 def test_regular_is_what_the_large_tiles_were_compiled_for() -> None:
     """Aligned for 16-byte copies as Triton sees it, and small enough for 32-bit offsets within a tile."""
-    from fusedmlp.kernels._launch import is_regular
+    from fusedmlp.kernels._launch import is_aligned, is_regular
 
     x = torch.empty(8, 64, dtype=torch.float16)
-    assert is_regular(x, 32)
-    for other, columns in (
-        (x, 10),
-        (x.t(), 32),
-        (x[:, :24], 32),
-        (x[:, 1:33], 32),
-        (torch.empty(8, 24, dtype=torch.float16), 32),
-        (torch.empty(8, 64, dtype=torch.float16)[:, ::2], 32),
-        (torch.empty(1, dtype=torch.float16).expand(8, 64), 32),
-        (torch.empty(1, 2**22, dtype=torch.float16), 32),
-        (x, 2**22),
+    assert is_regular(x)
+    for other in (
+        x.t(),
+        x[:, :24],
+        x[:, 1:33],
+        torch.empty(8, 24, dtype=torch.float16),
+        torch.empty(8, 64, dtype=torch.float16)[:, ::2],
+        torch.empty(1, dtype=torch.float16).expand(8, 64),
+        torch.empty(1, 2**22, dtype=torch.float16),
     ):
-        assert not is_regular(other, columns)
+        assert not is_regular(other)
+    assert is_aligned(32)
+    assert not is_aligned(10)
+    assert not is_aligned(2**22)

@@ -374,13 +374,27 @@ def test_as_many_biases_as_weights() -> None:
         mlp(x, [], [])
 
 
-def test_the_predicate_names_the_layer() -> None:
-    x, weights, biases = chain(torch.device("cpu"), (3, 7), 6, 5)
-    assert why_not_fused_mlp(x, weights, biases) == "x is on the cpu, and the kernels run on CUDA devices"
+@pytest.mark.kernels
+def test_the_predicate_names_the_layer(device: torch.device) -> None:
+    x, weights, biases = chain(device, (3, 7), 6, 5)
     strange = weights[1].as_subclass(type("Strange", (torch.Tensor,), {}))
-    assert why_not_fused_mlp(x, [weights[0], strange], biases) == (
-        "weights[1] is a Strange, not a plain torch.Tensor"
-    )
+    with fusedmlp.backend("triton"):
+        assert why_not_fused_mlp(x, weights, biases) is None
+        for reason, arguments in (
+            ("weights[1] is a Strange, not a plain torch.Tensor", ([weights[0], strange], biases)),
+            ("biases[1] is torch.float16, x torch.float32", (weights, [biases[0], x.new_ones(5).half()])),
+            (
+                "the shapes do not fit: weights[0] (6, 7), weights[1] (5, 7)",
+                ([weights[0], x.new_ones(5, 7)], biases),
+            ),
+            ("the shapes do not fit: biases[0] (5,), weights[0] (6, 7)", (weights, [x.new_ones(5), None])),
+        ):
+            assert why_not_fused_mlp(x, *arguments) == reason
+
+
+def test_on_a_cpu_the_reason_is_the_cpu() -> None:
+    reason = why_not_fused_mlp(*chain(torch.device("cpu"), (3, 7), 6, 5))
+    assert reason == "x is on the cpu, and the kernels run on CUDA devices"
 
 
 @pytest.mark.gpu
