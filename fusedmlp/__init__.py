@@ -9,9 +9,22 @@ import pathlib as _pathlib
 if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_pathlib.Path(__file__).parent.parent))
 
-from fusedmlp import functional, nn
+from fusedmlp import convert, functional, nn
 from fusedmlp._dispatch import backend
 from fusedmlp._version import __version__
+from fusedmlp.convert import fuse, unfuse
 from fusedmlp.nn import MLP, Linear, LinearReLU, Sequential
 
-__all__ = ["MLP", "Linear", "LinearReLU", "Sequential", "__version__", "backend", "functional", "nn"]
+__all__ = [
+    "MLP",
+    "Linear",
+    "LinearReLU",
+    "Sequential",
+    "__version__",
+    "backend",
+    "convert",
+    "functional",
+    "fuse",
+    "nn",
+    "unfuse",
+]

@@ -1,0 +1,274 @@
+"""Which Linear of a module's own forward is followed by ReLU: torch.fx runs it, and it is only read."""
+
+import collections
+import contextlib
+import inspect
+import io
+import logging
+import random
+import sys
+import textwrap
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx.proxy import Proxy, TraceError
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fusedmlp._deferred import observed, which_relu
+
+# A branch on a value that is unknown is taken both ways, up to so many ways through one forward, ...
+_MOST_PATHS = 64
+# ... and a loop on such a value is left after so many rounds.
+_MOST_BRANCHES = 64
+
+
+class Call(NamedTuple):
+    """One call of a Linear: the kind of ReLU that takes its output, or why none does."""
+
+    linear: torch.nn.Module
+    kind: str | None
+    reason: str
+
+
+def calls_in_forward(
+    module: torch.nn.Module, linears: Iterable[torch.nn.Module]
+) -> tuple[list[Call], str | None]:
+    """All calls of these Linears that this module's own forward makes, and why it cannot be traced, if so.
+
+    The output must have one user, ReLU out of place. Every other module is one step, whatever is in it.
+    Parameters with a default keep it, ``*args`` and ``**kwargs`` are empty. A way through the forward that
+    raises counts up to there, as long as another one reaches the end. The module is left as it was.
+    """
+    wanted = set(linears)
+    calls, error = _calls_on_all_paths(module, wanted, False)
+    if error is not None:
+        # Real parameters let code ask for their shapes and types; stand-ins go where unknown sizes go.
+        calls, still = _calls_on_all_paths(module, wanted, True)
+        error = error if still is not None else None
+    return calls, error
+
+
+def _calls_on_all_paths(
+    module: torch.nn.Module, linears: set[torch.nn.Module], stand_ins: bool
+) -> tuple[list[Call], str | None]:
+    forks: list[bool] = []
+    seen: list[Call] = []
+    reached: set[torch.nn.Module] | None = None  # by a path that comes to its end
+    error = None
+    for _ in range(_MOST_PATHS):
+        tracer = _Tracer(linears, forks, stand_ins)
+        with _left_as_it_was(module), tracer.functions_as_steps():
+            try:
+                tracer.trace(module)
+            except Exception as problem:
+                error, complete = error or _in_words(problem), False
+            else:
+                complete = True
+            calls = tracer.calls(complete)
+        seen += calls
+        if complete:
+            reached = (reached or set()).union(call.linear for call in calls)
+        forks = tracer.forks
+        while forks and forks[-1]:
+            forks.pop()
+        if not forks:
+            break
+        forks[-1] = True
+    if reached is None:
+        return [], error
+    return [call for call in seen if call.linear in reached], None
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Run others' code without a word on the terminal, and without drawing its random numbers."""
+    numpy = sys.modules.get("numpy")
+    state = random.getstate(), numpy and numpy.random.get_state()
+    disabled = logging.root.manager.disable
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with (
+        torch.random.fork_rng(devices),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+            random.setstate(state[0])
+            if numpy:
+                numpy.random.set_state(state[1])
+
+
+class _Tracer(torch.fx.Tracer):
+    """Writes down one way through a forward; ``forks`` are the decisions to take, then those taken."""
+
+    def __init__(self, linears: set[torch.nn.Module], forks: list[bool], stand_ins: bool) -> None:
+        super().__init__()
+        self.linears, self.stand_ins = linears, stand_ins
+        self.modules: dict[torch.fx.Node, torch.nn.Module] = {}
+        self.outputs: list[tuple[torch.fx.Node, weakref.ref[Proxy]]] = []
+        self.planned = forks
+        self.forks: list[bool] = []
+
+    def calls(self, complete: bool) -> list[Call]:
+        found = []
+        for node, proxy in self.outputs:
+            if node.users or complete:
+                kind, reason = self._taken_by(node)
+                if kind and complete and proxy() is not None:
+                    kind, reason = None, "its output is kept for later"
+                found.append(Call(self.modules[node], kind, reason))
+        return found
+
+    def _taken_by(self, node: torch.fx.Node) -> tuple[str | None, str]:
+        if len(node.users) != 1:
+            return None, f"its output is used {len(node.users)} times"
+        (user,) = node.users
+        if user.op == "output":
+            return None, "its output is returned"
+        if user.op == "call_module":
+            module = self.modules[user]
+            if type(module) is not torch.nn.ReLU:
+                return None, f"its output goes to {type(module).__name__}"
+            if module.inplace:
+                return None, "ReLU works in place"
+            reason = observed(module)
+            return (None, f"of its ReLU, {reason}") if reason else ("relu", "")
+        function = getattr(torch.Tensor, user.target, None) if user.op == "call_method" else user.target  # type: ignore[arg-type]
+        name = getattr(user.target, "__name__", str(user.target))
+        if name == "relu_" or (name == "relu" and True in (*user.args[1:2], user.kwargs.get("inplace"))):
+            return None, "ReLU works in place"
+        if not user.args or user.args[0] is not node:
+            return None, f"its output goes to {name}"
+        kind = which_relu(function, user.args[1:], user.kwargs)
+        return kind, "" if kind else f"its output goes to {name}"
+
+    # --- what torch.fx asks ---
+
+    def create_args_for_root(self, root_fn: Callable[..., Any], *_: Any) -> tuple[Any, list[Any]]:
+        positional, keywords = [], {}
+        for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]:
+            if parameter.default is parameter.empty and parameter.kind not in (
+                parameter.VAR_POSITIONAL,
+                parameter.VAR_KEYWORD,
+            ):
+                proxy = self.create_proxy("placeholder", name, (), {})
+                if parameter.kind is parameter.KEYWORD_ONLY:
+                    keywords[name] = proxy
+                else:
+                    positional.append(proxy)
+
+        def forward(*arguments: Any) -> Any:
+            return root_fn(*arguments, **keywords)
+
+        return forward, [self.root, *positional]
+
+    def call_module(
+        self, m: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        proxy = self.create_proxy("call_module", type(m).__name__, args, kwargs)
+        self.modules[proxy.node] = m
+        if m in self.linears:
+            self.outputs.append((proxy.node, weakref.ref(proxy)))
+        return proxy
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self.stand_ins and isinstance(attr_val, torch.Tensor):
+            return self.create_proxy("get_attr", attr, (), {})
+        return attr_val
+
+    def create_arg(self, a: Any) -> Any:
+        # torch.fx would look for its name, and else put it into the module; here nobody will run the graph.
+        return "a tensor" if isinstance(a, torch.Tensor) else super().create_arg(a)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        if len(self.forks) == _MOST_BRANCHES:
+            raise TraceError(f"more than {_MOST_BRANCHES} branches")
+        self.forks.append(self.planned[len(self.forks)] if len(self.forks) < len(self.planned) else False)
+        return self.forks[-1]
+
+    @contextlib.contextmanager
+    def functions_as_steps(self) -> Iterator[None]:
+        """Do not look into an autograd.Function: what its forward does says nothing of its backward."""
+        original = torch.autograd.Function.__dict__["apply"]
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, Proxy) for leaf in tree_leaves((args, kwargs))):
+                return self.create_proxy("call_function", cls, args, kwargs)
+            return original.__get__(None, cls)(*args, **kwargs)
+
+        torch.autograd.Function.apply = classmethod(apply)
+        try:
+            yield
+        finally:
+            torch.autograd.Function.apply = original
+
+
+def _in_words(problem: Exception) -> str:
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    text = textwrap.shorten(lines[0].split(". ")[0].rstrip("."), 120, placeholder=" ...") if lines else ""
+    return f"{type(problem).__name__}: {text}" if text else type(problem).__name__
+
+
+@contextlib.contextmanager
+def _left_as_it_was(root: torch.nn.Module) -> Iterator[None]:
+    """Undo what a forward does to attributes, and let it change copies instead of tensors."""
+    before = [
+        (module.__dict__, [(name, value, _content(value)) for name, value in module.__dict__.items()])
+        for module in root.modules()
+    ]
+    try:
+        with _OnCopies(root):
+            yield
+    finally:
+        for attributes, items in before:
+            attributes.clear()
+            for name, value, content in items:
+                attributes[name] = value
+                if content is not None and (value or content):
+                    value.clear()
+                    (value.update if isinstance(value, (dict, set)) else value.extend)(content)
+
+
+def _content(value: Any) -> Any:
+    for kind in (dict, list, set, collections.deque):
+        if isinstance(value, kind):
+            return kind(value)
+    return None
+
+
+class _OnCopies(TorchDispatchMode):
+    """Operators that write, write into copies of what the module holds."""
+
+    def __init__(self, root: torch.nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.root = root
+        self.held: set[int] | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            if self.held is None:
+                attributes = (value for m in self.root.modules() for value in m.__dict__.values())
+                self.held = {_memory(t) for t in tree_leaves(list(attributes)) if isinstance(t, torch.Tensor)}
+            args, kwargs = tree_map_only(torch.Tensor, self._or_copy, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _or_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        assert self.held is not None
+        return tensor.clone() if _memory(tensor) in self.held else tensor
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse, for one
+        return id(tensor)
