@@ -27,7 +27,7 @@ def nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with fusedmlp.backend("triton"), dry_run():
+    with fusedmlp.backend("triton"), dry_run(lambda *_: None):
         yield
     torch.set_num_threads(before)
 

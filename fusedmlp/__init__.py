@@ -11,6 +11,7 @@ if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
 
 from fusedmlp import convert, functional, nn
 from fusedmlp._dispatch import backend
+from fusedmlp._explain import explain
 from fusedmlp._version import __version__
 from fusedmlp.convert import fuse, unfuse
 from fusedmlp.nn import MLP, Linear, LinearReLU, Sequential
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "backend",
     "convert",
+    "explain",
     "functional",
     "fuse",
     "nn",

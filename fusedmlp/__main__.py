@@ -1,4 +1,4 @@
-"""What is here, does it compute rightly, and what would run for a given MLP: ``python -m fusedmlp``."""
+"""What is here, does it compute rightly, and what runs for a given MLP: ``python -m fusedmlp``."""
 
 import argparse
 import importlib.metadata
@@ -58,25 +58,11 @@ def worst_error(device: torch.device, dtype: torch.dtype, mode: _dispatch.Backen
     return float(torch.stack(ratios).max())  # NaN, if there is one
 
 
-def plan(widths: list[int], batch: int, device: torch.device, dtype: torch.dtype) -> str:
-    """One line a layer: what runs, and why."""
-    lines = []
-    model = nn.MLP(widths[0], widths[1:-1], widths[-1], device=device, dtype=dtype)
-    layers = [layer for layer in model if isinstance(layer, nn.Linear)]
-    for i, layer in enumerate(layers):
-        x = torch.empty(batch, layer.in_features, device=device, dtype=dtype)
-        relu = i < len(layers) - 1
-        reason = why_not_fused(x, layer.weight, layer.bias, relu=relu)
-        name = f"Linear({layer.in_features}, {layer.out_features})" + ("+ReLU" if relu else "")
-        lines.append(f"  {name:<26}" + ("Triton kernels" if reason is None else f"PyTorch: {reason}"))
-    return "\n".join(lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fusedmlp",
-        description="Say what is installed, check a layer's output and gradients against float64, and show "
-        "what would run for an MLP of the given widths, and why.",
+        description="Say what is installed, check a layer against float64, output and gradients, and explain "
+        "what runs for an MLP of the given widths, and why.",
         epilog="example: python -m fusedmlp --mlp 256 256 256 10 --batch 65536 --dtype bfloat16",
     )
     parser.add_argument(
@@ -107,9 +93,9 @@ def main() -> int:
         f"self-check on {device}, {options.dtype}, {what}: worst error of the output and the gradients is "
         f"{error:.2f} times PyTorch's own: {'right' if right else 'WRONG (2 is the most)'}"
     )
-    widths = " -> ".join(map(str, options.mlp))
-    print(f"{options.batch} rows through {widths} in {options.dtype} on {device}:")
-    print(plan(options.mlp, options.batch, device, dtype))
+    print()
+    model = nn.MLP(options.mlp[0], options.mlp[1:-1], options.mlp[-1], device=device, dtype=dtype)
+    print(fusedmlp.explain(model, torch.zeros(options.batch, options.mlp[0], device=device, dtype=dtype)))
     return 0 if right else 1
 
 

@@ -8,7 +8,7 @@ import functools
 import importlib
 import importlib.util
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -49,16 +49,16 @@ class _Chosen(threading.local):
     """What holds in this thread. torch.compile cannot trace a ContextVar in torch 2.11."""
 
     backend: Backend = "auto"
-    runs: list[Run] | None = None  # being recorded
+    note: Callable[[Run], None] | None = None  # who is told of every stretch
     quiet: bool = True  # neither forced nor recorded: what a call on the CPU looks at
 
 
 _chosen = _Chosen()
 
 
-def _choose(backend: Backend, runs: list[Run] | None) -> None:
-    _chosen.backend, _chosen.runs = backend, runs
-    _chosen.quiet = backend != "triton" and runs is None
+def _choose(backend: Backend, note: Callable[[Run], None] | None) -> None:
+    _chosen.backend, _chosen.note = backend, note
+    _chosen.quiet = backend != "triton" and note is None
 
 
 @contextlib.contextmanager
@@ -79,28 +79,27 @@ def backend(name: Backend) -> Iterator[None]:
     if name not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {name!r}")
     before = _chosen.backend
-    _choose(name, _chosen.runs)
+    _choose(name, _chosen.note)
     try:
         yield
     finally:
-        _choose(before, _chosen.runs)
+        _choose(before, _chosen.note)
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Run]]:
-    """Inside, in this thread, every stretch of fused layers that runs is put into the list."""
-    before = _chosen.runs
-    runs: list[Run] = []
-    _choose(_chosen.backend, runs)
+def recorded(note: Callable[[Run], None]) -> Iterator[None]:
+    """Inside, in this thread, ``note`` is told of every stretch of fused layers right before it runs."""
+    before = _chosen.note
+    _choose(_chosen.backend, note)
     try:
-        yield runs
+        yield
     finally:
         _choose(_chosen.backend, before)
 
 
 def record(run: Run) -> None:
-    if _chosen.runs is not None:
-        _chosen.runs.append(run)
+    if _chosen.note is not None:
+        _chosen.note(run)
 
 
 def forced() -> bool:

@@ -222,7 +222,7 @@ def _in_words(problem: Exception) -> str:
 def _left_as_it_was(root: torch.nn.Module) -> Iterator[None]:
     """Undo what a forward does to attributes, and let it change copies instead of tensors."""
     before = [
-        (module.__dict__, [(name, value, _content(value)) for name, value in module.__dict__.items()])
+        (module.__dict__, [(name, value, content_of(value)) for name, value in module.__dict__.items()])
         for module in root.modules()
     ]
     try:
@@ -238,7 +238,7 @@ def _left_as_it_was(root: torch.nn.Module) -> Iterator[None]:
                     (value.update if isinstance(value, (dict, set)) else value.extend)(content)
 
 
-def _content(value: Any) -> Any:
+def content_of(value: Any) -> Any:
     for kind in (dict, list, set, collections.deque):
         if isinstance(value, kind):
             return kind(value)

@@ -41,29 +41,29 @@ def interpreting() -> bool:
 
 
 class _DryRun(threading.local):
-    launches: list[str] | None = None
+    note: Callable[[str, tuple[Any, ...]], None] | None = None
 
 
 _dry_run = _DryRun()
 
 
 @contextlib.contextmanager
-def dry_run() -> Iterator[list[str]]:
-    """Inside, launchers launch nothing, in this thread; the list gets the names of what they would have."""
-    before = _dry_run.launches
-    _dry_run.launches = []
+def dry_run(note: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Inside, in this thread, nothing is launched: ``note`` is told the kernel's name and its arguments."""
+    before = _dry_run.note
+    _dry_run.note = note
     try:
-        yield _dry_run.launches
+        yield
     finally:
-        _dry_run.launches = before
+        _dry_run.note = before
 
 
 def launch(
     kernel: Any, grid: tuple[int, ...], x: torch.Tensor, args: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
     """Run ``kernel`` on x's device, which need not be the current one."""
-    if _dry_run.launches is not None:
-        _dry_run.launches.append(kernel.__name__.strip("_").removesuffix("_kernel"))
+    if _dry_run.note is not None:
+        _dry_run.note(kernel.__name__.strip("_").removesuffix("_kernel"), args)
         return
     run: Callable[..., Any] = kernel[grid]
     if x.is_cuda and x.device.index != torch.cuda.current_device():

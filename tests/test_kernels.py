@@ -207,6 +207,23 @@ def test_grouped_weight_gradients(
     check("grad_weights", layers, layers[-1][0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_adding_up(dtype: torch.dtype, device: torch.device) -> None:
+    """Sums of any size and of any number of parts, more of them than go in one launch."""
+    from fusedmlp.kernels import _partials
+
+    shapes = [
+        (parts, *size) for parts in (0, 1, 2, 33, 100) for size in ((1,), (64,), (3, 41), (0,), (70, 30))
+    ]
+    shapes *= 2
+    assert len(shapes) > _partials.MOST_AT_ONCE
+    partials = [torch.randn(shape, device=device) for shape in shapes]
+    outs = [torch.full(shape[1:], float("nan"), device=device, dtype=dtype) for shape in shapes]
+    _partials.add_up(list(zip(partials, outs, strict=True)))
+    for parts, out in zip(partials, outs, strict=True):
+        assert_right(out, parts.sum(0).to(dtype), parts.double().sum(0), str(tuple(parts.shape)))
+
+
 @pytest.mark.parametrize("M", [5, 150])
 @pytest.mark.parametrize("which", [0, 1])
 def test_masked_input_gradient_with_descriptors(which: int, M: int, device: torch.device) -> None:

@@ -195,7 +195,8 @@ def test_a_shared_layer_and_frozen_ones() -> None:
 
 def stretches(model: tnn.Module, x: torch.Tensor) -> list[str]:
     """How the layers of one call ran: "3+" is a chain of three with a ReLU at its end."""
-    with _dispatch.recorded() as runs:
+    runs: list[_dispatch.Run] = []
+    with _dispatch.recorded(runs.append):
         model(x)
     return [f"{len(run.weights)}{'+' if run.final_relu else ''}" for run in runs]
 

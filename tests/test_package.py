@@ -128,7 +128,8 @@ def test_the_command_line_says_what_is_here_and_checks_itself() -> None:
     assert run.returncode == 0, run.stderr
     assert f"fusedmlp {fusedmlp.__version__}, torch {torch.__version__}" in run.stdout
     assert "times PyTorch's own: right" in run.stdout
-    assert "Linear(20, 10)+ReLU" in run.stdout
+    assert "5 rows, 20 -> 10 -> 3, ReLU between, float32 on" in run.stdout
+    assert "why" in run.stdout
     assert max(map(len, run.stdout.splitlines())) <= 160
     for arguments, message in (
         (["--mlp", "7"], "--mlp takes two widths or more"),
@@ -152,8 +153,9 @@ def test_the_self_check_notices_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 # Each room imports only rooms below it, as in
 # convert -> nn -> functional -> _autograd -> _dispatch -> {_reference, kernels}
 BELOW = {
-    "__init__": {"_dispatch", "_version", "convert", "functional", "nn"},
+    "__init__": {"_dispatch", "_explain", "_version", "convert", "functional", "nn"},
     "__main__": {"_dispatch", "functional", "nn"},
+    "_explain": {"_dispatch", "_pairs", "nn"},
     "convert": {"_deferred", "_pairs", "nn"},
     "_pairs": {"_deferred"},
     "_deferred": {"_dispatch", "functional", "nn"},

@@ -1,0 +1,390 @@
+"""``explain(model, x)``: what ran for each stretch of layers, why, and how much memory traffic it made."""
+
+import collections
+import contextlib
+import dataclasses
+import random
+import re
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from fusedmlp import _dispatch, nn
+from fusedmlp._dispatch import Run
+from fusedmlp._pairs import content_of
+
+_KERNELS, _OPERATORS = "Triton kernels", "PyTorch's operators"
+_WIDTH = 80
+
+_Launch = tuple[str, int]  # its name, and how many bytes it moves
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """The forward or the backward of a stretch: on what it ran, by which launches, how much they move.
+
+    backend is "Triton kernels" or "PyTorch's operators"; launches are names of kernels or operators, in
+    order; bytes count each tensor that a launch reads or writes once. unfused: the same for PyTorch's eager
+    operators, ``linear`` and ``relu`` and their gradients.
+    """
+
+    backend: str
+    launches: tuple[str, ...]
+    bytes: int
+    unfused_launches: tuple[str, ...]
+    unfused_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One stretch of layers that ran as one operation.
+
+    layers: their names in the model; rows (M) and widths (K of the first layer, then each layer's N) of what
+    went through; reason: why not on the kernels, or None if on them; backward: None if nothing in the
+    stretch requires grad or grad mode was off.
+    """
+
+    layers: tuple[str, ...]
+    rows: int
+    widths: tuple[int, ...]
+    final_relu: bool
+    dtype: str
+    device: str
+    reason: str | None
+    forward: Pass
+    backward: Pass | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found: ``str()`` of it is a table for a terminal, ``to_dict()`` is plain data.
+
+    rows in the order in which they ran; layers_not_fused: names of the layers that are plain
+    ``torch.nn.Linear`` and not in a fused Sequential; layers_not_run: of fused layers that this call did not
+    run; compiled: whether something in the model is ``torch.compile``'s, which leaves no rows.
+    """
+
+    rows: tuple[Row, ...]
+    layers_not_fused: tuple[str, ...]
+    layers_not_run: tuple[str, ...]
+    compiled: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Dicts, tuples, strings and numbers, fit for ``json.dumps``."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        parts = [_paragraph(self._headline())]
+        if self.rows:
+            parts += [_HEAD + "\n" + "\n\n".join(_lines_of(alike) for alike in _alike(self.rows))]
+        return "\n\n".join(parts + [_paragraph(note) for note in self._notes()])
+
+    def _headline(self) -> str:
+        if not self.rows and self.compiled:
+            return "No fused layer was seen: what torch.compile traced runs as the compiler's own code."
+        if not self.rows:
+            return "No fused layer ran."
+        passes = [p for row in self.rows for p in (row.forward, row.backward) if p is not None]
+        launches, moved = sum(len(p.launches) for p in passes), sum(p.bytes for p in passes)
+        unfused_launches = sum(len(p.unfused_launches) for p in passes)
+        unfused = sum(p.unfused_bytes for p in passes)
+        layers = _count(sum(len(row.layers) for row in self.rows), "layer")
+        where = ", ".join(dict.fromkeys(row.device for row in self.rows))
+        return (
+            f"{layers} in {_count(len(self.rows), 'stretch', 'es')} on {where}: "
+            f"{_count(launches, 'launch', 'es')} (unfused {unfused_launches}), "
+            f"{_size(moved)} moved (unfused {_size(unfused)}, {_saved(moved, unfused)} saved)."
+        )
+
+    def _notes(self) -> Iterator[str]:
+        if self.rows and self.compiled:
+            yield "Part of the model is compiled: what torch.compile traced is not in this table."
+        if self.layers_not_fused:
+            count = _count(len(self.layers_not_fused), "plain torch.nn.Linear layer")
+            yield f"{count}, which fusedmlp.fuse(model) changes: {_some(self.layers_not_fused)}."
+        if self.layers_not_run and not self.compiled:
+            count = _count(len(self.layers_not_run), "fused layer")
+            yield f"{count} did not run in this call: {_some(self.layers_not_run)}."
+
+
+def explain(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Explanation:
+    """Run ``model(*args, **kwargs)`` once, and tell what ran for each stretch of fused layers, and why.
+
+    Under the settings and the grad mode of the caller; a backward is told of, not run, and is the one that
+    ``.backward()`` of a contiguous gradient would run. Gradients, buffers, attributes, training mode and
+    random states are left as they were (lazy modules become what they shall be), and what the model raises
+    comes through. Raises TypeError unless model is a ``torch.nn.Module``.
+
+    ``bytes`` count what each launch reads and writes, every tensor once, in the dtype of x. Unfused, for a
+    layer of K to N features and M rows:
+
+    - ``linear`` M*K + N*K + N (the bias) + M*N; ``relu`` 2*M*N;
+    - ``threshold_backward`` 3*M*N; ``sum`` (the bias gradient) M*N + N;
+    - ``mm``, twice: the gradients of input and weight, M*N + N*K + M*K each.
+
+    On the kernels ``linear_forward`` is linear without a relu; ``grad_input`` is mm that reads the mask, M*K
+    more, and writes the bias gradient of the layer below; ``grad_weights`` is the other mm of all layers and,
+    without a final ReLU, the last layer's sum; ``relu_backward`` is threshold_backward and sum of a final
+    ReLU; ``add_up`` adds the partial sums that the others wrote, in float32.
+
+    >>> print(fusedmlp.explain(fusedmlp.MLP(784, [256, 128], 10), torch.randn(128, 784)))
+    3 layers in 1 stretch on cpu: 15 launches (unfused 15), 5.07 MB moved ...
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"explain takes a torch.nn.Module, not {type(model).__name__}")
+    rows = _Rows(model)
+    with _left_as_it_was(model, (args, kwargs)), _dispatch.recorded(rows.note):
+        model(*args, **kwargs)
+    unseen = {name or "(the model)": module for name, module in model.named_modules() if name not in rows.ran}
+    return Explanation(
+        tuple(rows.rows),
+        tuple(name for name, module in unseen.items() if type(module) is torch.nn.Linear),
+        tuple(
+            name
+            for name, module in unseen.items()
+            if isinstance(module, nn.Linear) and "weight" in module._parameters  # else it has no name
+        ),
+        any(
+            "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+            for module in model.modules()
+        ),
+    )
+
+
+class _Rows:
+    """Makes a Row of each Run as it comes: the grad mode is that of the layers, and no tensor is kept."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.rows: list[Row] = []
+        self.ran: set[str] = set()
+        self.names: dict[int, list[str]] = collections.defaultdict(list)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self.names[id(parameter)].append(re.sub(r"(^|\.)(weight|bias)$", "", name))
+
+    def note(self, run: Run) -> None:
+        layers = tuple(map(self.name, run.weights, run.biases))
+        self.rows.append(_row(run, layers))
+
+    def name(self, weight: torch.Tensor, bias: torch.Tensor | None) -> str:
+        # A shared weight has several names. A parametrized one has none, and its bias tells the layer.
+        of_weight, of_bias = (self.names.get(id(tensor), []) for tensor in (weight, bias))
+        names = [name for name in of_weight if name in of_bias] or of_weight or of_bias
+        self.ran.update(names)
+        return (names[0] or "(the model)") if names else "(unnamed)"
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: torch.nn.Module, inputs: Any) -> Iterator[None]:
+    """Undo what a forward does to the model's attributes, buffers and gradients, and to random states."""
+    # Buffers and hooks lie in dicts: of containers the content counts too.
+    before = [
+        (module, type(module), [(name, value, content_of(value)) for name, value in vars(module).items()])
+        for module in model.modules()
+    ]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not torch.nn.parameter.is_lazy(b)]
+    # Put aside, a gradient cannot be written into, and needs no copy.
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    tensors = [*model.parameters(), *model.buffers(), *tree_leaves(inputs)]
+    devices = {t.device.index for t in tensors if isinstance(t, torch.Tensor) and t.is_cuda}
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy and numpy.random.get_state()
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng(sorted(devices)):
+            yield
+    finally:
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
+        for module, kind, items in before:
+            if type(module) is not kind:  # it was lazy, and is so no more
+                continue
+            vars(module).clear()
+            for name, value, content in items:
+                vars(module)[name] = value
+                if content is not None:
+                    value.clear()
+                    (value.update if isinstance(value, (dict, set)) else value.extend)(content)
+        for buffer, values in buffers:
+            if buffer.shape != values.shape:
+                buffer.data = values
+            elif not buffer.is_meta and not torch.equal(buffer, values):
+                buffer.data.copy_(values)  # .data: an earlier forward may have saved it for its backward
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+class _Needs(NamedTuple):
+    """Which gradients a stretch's backward computes, and the lowest layer that has one to compute."""
+
+    lowest: int
+    x: bool
+    weights: list[bool]
+    biases: list[bool]
+
+
+def _needs(run: Run) -> _Needs | None:
+    x = run.x.requires_grad
+    weights = [weight.requires_grad for weight in run.weights]
+    biases = [bias is not None and bias.requires_grad for bias in run.biases]
+    layers = [i for i, (w, b) in enumerate(zip(weights, biases, strict=True)) if x or w or b]
+    return _Needs(layers[0], x, weights, biases) if layers and torch.is_grad_enabled() else None
+
+
+def _row(run: Run, layers: tuple[str, ...]) -> Row:
+    # Before the layers have run, so without an error where shapes do not fit: that is theirs to raise.
+    shapes = [(weight.shape[-1:].numel(), weight.shape[:-1].numel()) for weight in run.weights]
+    K = shapes[0][0]
+    M = run.x.numel() // K if K else run.x.shape[:-1].numel()
+    needs = _needs(run)
+    unfused = _unfused(M, shapes, run, needs)
+    backend, launches = (_KERNELS, _launches(run, needs)) if run.reason is None else (_OPERATORS, unfused)
+    forward, backward = (
+        Pass(backend, *_names_and_bytes(here), *_names_and_bytes(eager))
+        for here, eager in zip(launches, unfused, strict=True)
+    )
+    dtype, widths = str(run.x.dtype).removeprefix("torch."), (K, *(N for _, N in shapes))
+    return Row(
+        layers, M, widths, run.final_relu, dtype, str(run.x.device), run.reason,
+        forward, backward if needs else None,
+    )  # fmt: skip
+
+
+def _names_and_bytes(launches: Sequence[_Launch]) -> tuple[tuple[str, ...], int]:
+    return tuple(name for name, _ in launches), sum(moved for _, moved in launches)
+
+
+def _unfused(
+    M: int, shapes: Sequence[tuple[int, int]], run: Run, needs: _Needs | None
+) -> tuple[list[_Launch], list[_Launch]]:
+    """PyTorch's operators of forward and backward, each with the bytes that it reads and writes."""
+    last = len(shapes) - 1
+    relu = [run.final_relu or i < last for i in range(len(shapes))]
+    one = run.x.element_size()
+    forward: list[_Launch] = []
+    backward: list[_Launch] = []
+    for i, (K, N) in enumerate(shapes):
+        forward.append(("linear", one * (M * K + N * K + (N if run.biases[i] is not None else 0) + M * N)))
+        if relu[i]:
+            forward.append(("relu", one * 2 * M * N))
+    if needs is None:
+        return forward, backward
+    for i in range(last, needs.lowest - 1, -1):
+        K, N = shapes[i]
+        if relu[i]:
+            backward.append(("threshold_backward", one * 3 * M * N))
+        products = (i > needs.lowest or needs.x) + needs.weights[i]
+        backward += [("mm", one * (M * N + N * K + M * K))] * products
+        if needs.biases[i]:
+            backward.append(("sum", one * (M * N + N)))
+    return forward, backward
+
+
+def _bytes_of(args: tuple[Any, ...]) -> int:
+    """What a kernel with these arguments reads and writes, if each tensor once."""
+    return sum(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+
+
+def _launches(run: Run, needs: _Needs | None) -> tuple[list[_Launch], list[_Launch]]:
+    """The kernels of forward and backward, by a dry run of what FusedMLP does with these tensors."""
+    kernels, x, count = _dispatch.kernels(), run.x.detach(), len(run.weights)
+    x = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    keep = max(0, needs.lowest - 1) if needs else count - 1
+    forward: list[_Launch] = []
+    backward: list[_Launch] = []
+    with kernels.dry_run(lambda name, args: forward.append((name, _bytes_of(args)))):
+        ys = kernels.mlp_forward(x, run.weights, run.biases, run.final_relu, keep=keep)
+    if needs is None:
+        return forward, backward
+    lowest = needs.lowest
+    activations = [None] * lowest + ([x, *ys] if lowest == 0 else ys)
+    # The output stands for the gradient that comes in: of its shape, and nothing is written to.
+    with kernels.dry_run(lambda name, args: backward.append((name, _bytes_of(args)))):
+        kernels.mlp_backward(ys[-1], activations, run.weights, run.final_relu, *needs)
+    return forward, backward
+
+
+_HEAD = (
+    f"{'':40}{'launches':>14}{'bytes moved':>19}\n"
+    f"{'':40}{'here':>6}{'unfused':>8}{'here':>10}{'unfused':>9}{'saved':>7}"
+)
+
+
+def _alike(rows: Iterable[Row]) -> Iterable[list[Row]]:
+    """Rows that differ in the numbers in their layers' names only, as a transformer's do, are one."""
+    groups: dict[Any, list[Row]] = collections.defaultdict(list)
+    for row in rows:
+        pattern = re.sub(r"\d+", "*", _joined(row.layers))
+        groups[pattern, dataclasses.replace(row, layers=())].append(row)
+    return groups.values()
+
+
+def _lines_of(rows: list[Row]) -> str:
+    row, times = rows[0], len(rows)
+    names = [_joined(row.layers) for row in rows]
+    many = f"  x {times}, all together" if times > 1 else ""
+    title = "; ".join(names) + many
+    if times > 1 and len(title) > _WIDTH:
+        split = [re.split(r"(\d+)", name) for name in names]
+        same = [part[0] if len(set(part)) == 1 else "*" for part in zip(*split, strict=True)]
+        title = "".join(same) + many
+    relu = ("no ReLU", "ReLU") if len(row.layers) == 1 else ("ReLU between", "ReLU after each")
+    shape = " -> ".join(map(str, row.widths))
+    details = f"{_count(row.rows, 'row')}, {shape}, {relu[row.final_relu]}, {row.dtype} on {row.device}"
+    lines = [_paragraph(title), _paragraph(details)]
+    for what, one in (("forward", row.forward), ("backward", row.backward)):
+        if one is None:
+            lines.append(_paragraph("none: nothing requires grad, or grad mode is off", what))
+            continue
+        here, unfused = times * len(one.launches), times * len(one.unfused_launches)
+        moved = times * one.bytes, times * one.unfused_bytes
+        lines.append(
+            f"  {what:<10}{one.backend:<28}{here:>6}{unfused:>8}"
+            f"{_size(moved[0]):>10}{_size(moved[1]):>9}{_saved(*moved):>7}"
+        )
+        counts = collections.Counter(times * one.launches)
+        lines.append(_paragraph(", ".join(f"{n} {name}" for name, n in counts.items()), " "))
+    if row.reason is not None:
+        lines.append(_paragraph(row.reason, "why"))
+    return "\n".join(lines)
+
+
+def _paragraph(text: str, label: str = "") -> str:
+    start = f"  {label:<10}" if label else ""
+    return textwrap.fill(
+        text, _WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
+    )
+
+
+def _joined(layers: Sequence[str]) -> str:
+    """``0, 2, 4`` or, of one module's members, ``encoder.mlp: 0, 2, 4``."""
+    modules = {layer.rpartition(".")[0] for layer in layers}
+    if len(layers) == 1 or len(modules) > 1 or modules == {""}:
+        return ", ".join(layers)
+    return f"{modules.pop()}: " + ", ".join(layer.rpartition(".")[2] for layer in layers)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" and so on" if len(names) > 3 else "")
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{'' if number == 1 else plural}"
+
+
+def _size(count: int) -> str:
+    """Three digits and a unit: powers of 1000."""
+    number, units = float(count), iter(("B", "kB", "MB", "GB", "TB", "PB"))
+    unit = next(units)
+    while number >= 999.5:
+        number, unit = number / 1000, next(units)
+    return f"{number:.3g} {unit}"
+
+
+def _saved(moved: int, unfused: int) -> str:
+    return f"{round(100 * (1 - moved / unfused))}%" if unfused else "0%"
