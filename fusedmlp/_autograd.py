@@ -38,11 +38,12 @@ class FusedMLP(torch.autograd.Function):
         first = lowest if need_x else lowest + 1  # layers from here on have an input gradient to compute
         ctx.save_for_backward(*activations, *[None] * first, *weights[first:])
         # What only create_graph=True wants, to compute the hidden layers anew: inputs of this function, whose
-        # change in place nn.Linear allows, so they are not saved but looked at when it comes to that.
+        # change in place nn.Linear allows, so they are not saved but looked at when it comes to that. Mostly
+        # parameters: x, which would stay in memory after the backward, only where its layer is frozen.
         ctx.only_for_create_graph = []
         if any(need_weights[lowest + 1 :]):
-            rest = (start, weights[lowest], *biases[lowest:-1])
-            ctx.only_for_create_graph = [(t, 0 if t is None else t._version) for t in rest]
+            rest = (None if need_weights[lowest] else start, weights[lowest], *biases[lowest:-1])
+            ctx.only_for_create_graph = [(t, _version(t)) for t in rest]
         ctx.settings = final_relu, lowest, need_x, need_weights, need_biases
         return ys[-1]
 
@@ -61,8 +62,12 @@ class FusedMLP(torch.autograd.Function):
         return grad_x, None, None, *grad_weights, *grad_biases
 
 
+def _version(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
 def _recompute(
-    rest: list[tuple[torch.Tensor, int]],
+    rest: list[tuple[Any, int]],
     lowest: int,
     activations: list[torch.Tensor | None],
     weights: list[torch.Tensor],
@@ -72,13 +77,13 @@ def _recompute(
     The saved ones are constants to autograd: second derivatives through them would silently be missing.
     """
     for tensor, version in rest:
-        if tensor is not None and tensor._version != version:
+        if _version(tensor) != version:
             raise RuntimeError(
                 "create_graph=True needs the chain's input and parameters as they were in its forward, but "
                 f"one of shape {tuple(tensor.shape)} has been modified by an inplace operation since"
             )
-    x, weight, *biases = (tensor for tensor, _ in rest)
-    activations[lowest] = x
+    start, weight, *biases = (tensor for tensor, _ in rest)
+    x = activations[lowest] = activations[lowest] if start is None else start
     for i, bias in enumerate(biases, lowest):
         x = _reference.linear_forward(x, weight if i == lowest else weights[i], bias, True)
         activations[i + 1] = x

@@ -1,6 +1,7 @@
 """functional.mlp against a plain chain of torch.nn.functional, on both paths: plain torch and kernels."""
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -228,6 +229,22 @@ def test_saves_what_backward_needs_and_no_more(device: torch.device) -> None:
         assert saved(False, False, True, False, False, False, False) == [y0, y1, w2]  # and the middle one
         assert saved(True, False, False, False, False, False, False) == [y0, y1, w0, w1, w2]  # all frozen
         assert saved(False, False, False, False, True, False, False) == [y0, y1, w1, w2]  # the first bias
+
+
+@pytest.mark.kernels
+def test_backward_lets_go_of_the_activations(device: torch.device) -> None:
+    """As in eager: the loss, which one often keeps, keeps the graph, but not what was saved for it."""
+    _, weights, biases = chain(device, (4, 7), 6, 5, 3)
+    leaves = [w.requires_grad_() for w in weights]
+    with fusedmlp.backend("triton"):
+        x = torch.randn(4, 7, device=device)
+        y = mlp(x, leaves, biases)
+    gone = weakref.ref(x)
+    del x
+    assert gone() is not None
+    loss = y.sum()
+    loss.backward()
+    assert gone() is None
 
 
 def test_changes_in_place_that_torch_allows(path: str, device: torch.device) -> None:
