@@ -83,7 +83,8 @@ def _recompute(
                 f"one of shape {tuple(tensor.shape)} has been modified by an inplace operation since"
             )
     start, weight, *biases = (tensor for tensor, _ in rest)
-    x = activations[lowest] = activations[lowest] if start is None else start
+    x: Any = activations[lowest] if start is None else start
+    activations[lowest] = x
     for i, bias in enumerate(biases, lowest):
         x = _reference.linear_forward(x, weight if i == lowest else weights[i], bias, True)
         activations[i + 1] = x

@@ -105,30 +105,39 @@ def descriptor_products() -> Iterator[Spec]:
             yield Spec(name, _grad_input_descriptor_kernel, arguments, kind, tile)
 
 
+def layers_like(count: str, dtype: str, out: str, shape: str) -> Any:
+    """So many layers as grad_weights passes them, or None; "one wide": of one output feature, a constant."""
+    many = int(count or 0)
+    aligned, even_N, even_K = (
+        "" if odd else ":16" for odd in (shape == "all odd", shape in ("all odd", "N odd"), "K odd" in shape)
+    )
+    N = stride_z = 1 if shape == "one wide" else f"i32{even_N}"
+    K = stride_x = "i32" if shape == "all odd" else f"i32{even_K}"
+    pointer = f"*{dtype}{aligned}"
+    one = (pointer, pointer, out, N, K, stride_z, stride_x)
+    return tuple((value,) * many for value in one) if many else None
+
+
 def grouped_products() -> Iterator[Spec]:
     """grad_weights: layers that are regular, that are not, and both in one launch."""
     for kind, tiles in TILES.items():
         odd = IRREGULAR[kind]
-        ships = [(tile, layers) for tile in tiles for layers in ("1", "3", "1+1", "2+2")]
-        ships += [(odd, layers) for layers in ("0+1", "0+3")]
-        for (tile, layers), dtype, parts in itertools.product(ships, DTYPES[kind], (True, False)):
+        ships = [(tile, layers, "all odd") for tile in tiles for layers in ("1", "3", "1+1", "2+2")]
+        ships += [(tiles[0], "1+1", "one wide"), (odd, "0+3", "all odd")]
+        ships += [(odd, "0+1", shape) for shape in (*IRREGULAR_SHAPES, "one wide")]
+        for (tile, layers, shape), dtype, parts in itertools.product(ships, DTYPES[kind], (True, False)):
             regular, _, irregular = layers.partition("+")
             out = "*fp32:16" if parts else f"*{dtype}:16"
-
-            def group(count: str, multiple: str, dtype: str = dtype, out: str = out) -> Any:
-                many = int(count or 0)
-                pointers = [(f"*{dtype}{multiple}",) * many] * 2 + [(out,) * many]
-                return (*pointers, *[(f"i32{multiple}",) * many] * 4) if many else None
-
             blocks = {"BLOCK_N": tile.BLOCK_R, "BLOCK_K": tile.BLOCK_C, "BLOCK_M": tile.BLOCK_K}
             blocks |= {"ODD_BLOCK_N": odd.BLOCK_R, "ODD_BLOCK_K": odd.BLOCK_C, "ODD_BLOCK_M": odd.BLOCK_K}
             bias_left: dict[str, Any] = {"grad_z_ptr": f"*{dtype}", "partials_ptr": "*fp32:16"}
             bias_left |= dict.fromkeys(("N", "stride_zm", "chunks", "rows_per_chunk"), "i32")
-            arguments = {"layers": group(regular, ":16"), "odd_layers": group(irregular, "")}
+            arguments = {"layers": layers_like(regular, dtype, out, "all even")}
+            arguments |= {"odd_layers": layers_like(irregular, dtype, out, shape)}
             arguments |= dict.fromkeys(("M", "splits", "rows_per_split"), "i32") | bias_left | blocks
             arguments |= {"GROUP": GROUP, "SUM_BLOCK_M": BLOCK_M, "SUM_BLOCK_N": BLOCK_N, "UPCAST": False}
             arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
-            name = f"grad_weights {dtype} {kind} {tuple(tile)} {layers} layers, {parts=}"
+            name = f"grad_weights {dtype} {kind} {tuple(tile)} {layers} layers, {shape}, {parts=}"
             yield Spec(name, _grad_weights_kernel, arguments, kind, tile)
 
 
