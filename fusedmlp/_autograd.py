@@ -38,12 +38,11 @@ class FusedMLP(torch.autograd.Function):
         first = lowest if need_x else lowest + 1  # layers from here on have an input gradient to compute
         ctx.save_for_backward(*activations, *[None] * first, *weights[first:])
         # What only create_graph=True wants, to compute the hidden layers anew: inputs of this function, whose
-        # change in place nn.Linear allows, so they are not saved but looked at when it comes to that. Mostly
-        # parameters: x, which would stay in memory after the backward, only where its layer is frozen.
+        # change in place nn.Linear allows, so they are not saved but looked at when it comes to that.
         ctx.only_for_create_graph = []
         if any(need_weights[lowest + 1 :]):
             rest = (None if need_weights[lowest] else start, weights[lowest], *biases[lowest:-1])
-            ctx.only_for_create_graph = [(t, _version(t)) for t in rest]
+            ctx.only_for_create_graph = [_remembered(t) for t in rest]
         ctx.settings = final_relu, lowest, need_x, need_weights, need_biases
         return ys[-1]
 
@@ -59,15 +58,28 @@ class FusedMLP(torch.autograd.Function):
         grad_x, grad_weights, grad_biases = operators.mlp_backward(
             grad_output, activations, weights, final_relu, lowest, need_x, need_weights, need_biases
         )
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.only_for_create_graph = []  # as autograd lets go of what was saved
         return grad_x, None, None, *grad_weights, *grad_biases
 
 
-def _version(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+def _remembered(
+    tensor: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+    """The tensor as autograd knows it now, one that shares its version counter, and the version."""
+    if tensor is None or tensor.is_inference():
+        return tensor, None, 0
+    if tensor.grad_fn is None:
+        return tensor, tensor, tensor._version
+    # The tensor itself, if something made from our output were written into it, would lead back here: a
+    # circle that is never freed. So another one on the same memory, which is no view of it either.
+    with torch.enable_grad():
+        alias = torch.ops.aten._unsafe_view(tensor, tensor.shape)
+    return alias, tensor.detach(), tensor._version
 
 
 def _recompute(
-    rest: list[tuple[Any, int]],
+    rest: list[tuple[Any, torch.Tensor | None, int]],
     lowest: int,
     activations: list[torch.Tensor | None],
     weights: list[torch.Tensor],
@@ -76,13 +88,13 @@ def _recompute(
 
     The saved ones are constants to autograd: second derivatives through them would silently be missing.
     """
-    for tensor, version in rest:
-        if _version(tensor) != version:
+    for tensor, witness, version in rest:
+        if witness is not None and witness._version != version:
             raise RuntimeError(
                 "create_graph=True needs the chain's input and parameters as they were in its forward, but "
                 f"one of shape {tuple(tensor.shape)} has been modified by an inplace operation since"
             )
-    start, weight, *biases = (tensor for tensor, _ in rest)
+    start, weight, *biases = (tensor for tensor, _, _ in rest)
     x: Any = activations[lowest] if start is None else start
     activations[lowest] = x
     for i, bias in enumerate(biases, lowest):
@@ -108,4 +120,5 @@ def fused_mlp(
         y = FusedMLP.apply(rows, final_relu, len(weights), *weights, *biases)
     else:
         (y,) = _dispatch.kernels().mlp_forward(rows, weights, biases, final_relu, keep=len(weights) - 1)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weights[-1].shape[0])
+    # Not a view, as eager's result is none: one made under no_grad could not be modified in place later.
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weights[-1].shape[0]))

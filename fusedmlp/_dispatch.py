@@ -177,6 +177,8 @@ def _why_impossible(
     for group in (weights, biases):
         for tensor in group:
             if tensor is None:
+                if group is weights:
+                    return "a weight is None"
                 continue
             if type(tensor) not in _PLAIN:
                 what = _name(tensor, weights, biases)
@@ -204,7 +206,7 @@ def _why_impossible(
         if shape[0] > _LARGEST or shape[1] > _LARGEST:
             return f"a dimension is over {_LARGEST}"
         before, columns = weight, shape[0]
-    if x.numel() // max(x.shape[-1], 1) > _LARGEST:
+    if x.shape[:-1].numel() > _LARGEST:
         return f"a dimension is over {_LARGEST}"
     if not has_triton():
         return "Triton is not installed"
@@ -241,7 +243,7 @@ def _why_not_worth_it(x: torch.Tensor, weights: Sequence[torch.Tensor], final_re
         return "a Linear without a ReLU leaves nothing to fuse"
     # Of a chain the averages count.
     products = sum(weight.numel() for weight in weights)
-    flops = 2 * x.numel() // max(x.shape[-1], 1) * products
+    flops = 2 * x.shape[:-1].numel() * products
     if flops < _LEAST_FLOPS * count:
         much = f"{flops / 1e9:.2g} GFLOP" + (f" in {count} layers" if count > 1 else "")
         return f"{much} is too little to pay for launching kernels from Python"

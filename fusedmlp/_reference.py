@@ -15,12 +15,21 @@ def linear_forward(
 ) -> torch.Tensor:
     """``x (..., K) @ weight.T (K, N) + bias (N,)``, then ReLU if asked: ``(..., N)``."""
     y = F.linear(x, weight, bias)
-    if not relu:
-        return y
+    return _relu(y, not _watched()) if relu else y
+
+
+def _watched() -> bool:
+    """Whether a mode is active: it sees every operator, and may keep what one of them returned."""
+    return not torch.compiler.is_compiling() and bool(
+        torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
+    )
+
+
+def _relu(y: torch.Tensor, in_place: bool) -> torch.Tensor:
     # In place on a tensor that nobody else holds, and that linear's backward does not need: no second
     # tensor is written. threshold_backward is its gradient, as it is that of the one out of place.
-    # Subclasses, proxies and wrappers see the calls that a model on torch.nn makes.
-    return y.relu_() if type(y) is torch.Tensor else F.relu(y)
+    # Modes, subclasses, proxies and wrappers see the calls that a model on torch.nn makes.
+    return y.relu_() if in_place and type(y) is torch.Tensor else F.relu(y)
 
 
 def mlp_forward(
@@ -34,8 +43,11 @@ def mlp_forward(
     last: the outputs ``(..., N)`` of the layers from number ``keep`` on."""
     ys = []
     last = len(weights) - 1
+    in_place = not _watched()
     for i, weight in enumerate(weights):
-        x = linear_forward(x, weight, biases[i], final_relu or i < last)
+        x = F.linear(x, weight, biases[i])
+        if final_relu or i < last:
+            x = _relu(x, in_place)
         if i >= keep:
             ys.append(x)
     return ys

@@ -85,11 +85,13 @@ def mlp(
             return _reference.mlp_forward(x, weights, biases, final_relu, len(weights) - 1)[0]
         return _fused_or_reason(x, weights, biases, final_relu)
     except RuntimeError as error:
+        shape = tuple(x.shape)
         for weight, bias in zip(weights, biases, strict=True):
-            _raise_clearer(error, x, weight, bias)
-            if type(x) is torch.Tensor and weight.dim() == 2:
-                # This layer was right: the next one's input, as far as its shape is concerned.
-                x = x.new_empty(()).expand(*x.shape[:-1], weight.shape[0])
+            _raise_clearer(error, x, weight, bias, shape)
+            shape = (
+                *shape[:-1],
+                *weight.shape[:1],
+            )  # this layer was right: the shape of the next one's input
         raise
 
 
@@ -110,27 +112,39 @@ def _fused_or_reason(
 
 
 def _raise_clearer(
-    error: RuntimeError, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    error: RuntimeError,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shape: tuple[int, ...] | None = None,
 ) -> None:
     """Raise the same type of error with the caller's mistake in words, if there is one and it is not said."""
     if type(error) is not RuntimeError:  # out of memory, for one
         return
-    problem = _mistake(input, weight, bias)
+    problem = _mistake(input, weight, bias, shape)
     if problem is not None and problem != str(error):
         raise RuntimeError(problem) from error
 
 
-def _mistake(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    """The caller's mistake in words, if there is one; only asked once torch has refused."""
+def _mistake(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: tuple[int, ...] | None
+) -> str | None:
+    """The caller's mistake in words, if there is one; only asked once torch has refused.
+
+    shape: what goes into this layer has this shape, and device and dtype of ``input``.
+    """
     tensors = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
     if any(type(t) not in (torch.Tensor, torch.nn.Parameter) or t.is_nested for t in tensors.values()):
         return None
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-    if weight.dim() == 2 and (input.dim() == 0 or input.shape[-1] != weight.shape[1]):
+    shape = tuple(input.shape) if shape is None else shape
+    shapes = f"input {shape}, weight {tuple(weight.shape)}"
+    shapes += "" if bias is None else f", bias {tuple(bias.shape)}"
+    if weight.dim() == 2 and shape[-1:] != weight.shape[1:]:
         K = weight.shape[1]
         return f"linear with in_features={K} needs an input of shape (..., {K}), got {shapes}"
-    if bias is not None and weight.dim() == 2 and bias.shape != weight.shape[:1]:
-        N = weight.shape[0]
+    N = weight.shape[0] if weight.dim() else 0
+    # torch takes a bias of one number, or of more dimensions, as well.
+    if bias is not None and weight.dim() == 2 and bias.numel() != 1 and bias.shape[-1:] != (N,):
         return f"linear with out_features={N} needs a bias of shape ({N},), got {shapes}"
     if len({tensor.device for tensor in tensors.values()}) > 1:
         where = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())

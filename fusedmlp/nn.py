@@ -74,7 +74,7 @@ class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
         weights: list[torch.Tensor] = []
         biases: list[torch.Tensor | None] = []
         relu = False  # and whether it has a ReLU at its end
-        for module in self._modules.values():
+        for module in self:
             kind = type(module)
             if kind is torch.nn.ReLU and layers and not relu and _unobserved(module):
                 relu = True

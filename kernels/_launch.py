@@ -134,4 +134,6 @@ def is_regular(x: torch.Tensor) -> bool:
     number of columns and the pitch are multiples of 16. 256 rows are less than 2**31 elements.
     """
     pitch, step = x.stride()
-    return x.shape[1] % 16 == 0 and step == 1 and pitch % 16 == 0 and pitch < 2**22 and x.data_ptr() % 16 == 0
+    return (
+        is_aligned(x.shape[1]) and step == 1 and pitch % 16 == 0 and pitch < 2**22 and x.data_ptr() % 16 == 0
+    )

@@ -26,26 +26,27 @@ def parts_of(out: torch.Tensor, parts: int, sums: Sums) -> torch.Tensor:
     return partials
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit
 def _add_up_kernel(
     partials_ptrs,  # of each sum: (parts, size) float32, contiguous
     out_ptrs,  # (size,), contiguous
-    parts,
+    odd_parts,  # twice the number of parts, plus 1
     sizes,
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
-    partials_ptr, out_ptr, count, size, begin = partials_ptrs[0], out_ptrs[0], parts[0], sizes[0], 0
+    partials_ptr, out_ptr, odd, size, begin = partials_ptrs[0], out_ptrs[0], odd_parts[0], sizes[0], 0
     blocks = 0
     for i in tl.static_range(1, len(sizes)):
         blocks += tl.cdiv(sizes[i - 1], BLOCK)
         here = block >= blocks
         partials_ptr = tl.where(here, partials_ptrs[i], partials_ptr)
         out_ptr = tl.where(here, out_ptrs[i], out_ptr)
-        count = tl.where(here, parts[i], count)
+        odd = tl.where(here, odd_parts[i], odd)
         size = tl.where(here, sizes[i], size)
         begin = tl.where(here, blocks, begin)
+    count = odd // 2
     offs = (block - begin).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = offs < size
     totals = tl.zeros((BLOCK_P, BLOCK), dtype=tl.float32)
@@ -65,10 +66,13 @@ def add_up(sums: Sums) -> None:
     """``out = partials.sum(0)`` for each of ``sums``, whose outs are of one dtype; in one launch."""
     for first in range(0, len(sums), MOST_AT_ONCE):
         partials, outs = zip(*sums[first : first + MOST_AT_ONCE], strict=True)
-        parts = tuple(p.shape[0] for p in partials)
+        # Triton compiles anew where an integer in a tuple becomes a multiple of 16; the number of parts
+        # follows from the batch, whose size often changes, so it is given as an odd number.
+        most = max(p.shape[0] for p in partials)
+        odd_parts = tuple(2 * p.shape[0] + 1 for p in partials)
         sizes = tuple(out.numel() for out in outs)
-        block_p = max(1, min(32, triton.next_power_of_2(max(parts))))
+        block_p = 8 if most <= 8 else 32 if most <= 512 else 256
         block = 2048 // block_p
         grid = (sum(cdiv(size, block) for size in sizes),)
         options = COMPILE_OPTIONS | {"BLOCK_P": block_p, "BLOCK": block, "num_warps": 4}
-        launch(_add_up_kernel, grid, outs[0], (partials, outs, parts, sizes), options)
+        launch(_add_up_kernel, grid, outs[0], (partials, outs, odd_parts, sizes), options)

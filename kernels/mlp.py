@@ -1,7 +1,8 @@
 """A chain of layers, Linear, ReLU, Linear, ..., forward and backward: which kernels run, in which order.
 
 No pass over the activations is left: the forward's bias and ReLU and the backward's mask and bias gradient
-are computed in the products, but for the ReLU after the last layer, whose gradient comes from outside.
+are computed in the products, but for the ReLU after the last layer, whose gradient comes from outside, and
+for a copy of what a caller brought with other than contiguous rows.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,9 @@ from .grad_input import grad_input
 from .grad_weight import Layer, grad_weights
 from .relu_backward import relu_backward
 
-# Weight gradients of so many elements fill a chip several times over. One launch for all layers saves
-# launches where they are small; where they are large it would only keep every layer's grad_z in memory.
-ENOUGH = 2**23
+# So many multiplications take tens of microseconds on the fastest chips. One launch for all layers saves
+# launches where they are short; where they are long it would only keep every layer's grad_z in memory.
+ENOUGH = 2**33
 
 
 def mlp_forward(
@@ -38,8 +39,9 @@ def mlp_forward(
     ys = []
     for i, weight in enumerate(weights):
         y_regular = is_aligned(weight.shape[0])
-        regular = x_regular and y_regular and is_regular(weight)
-        x = linear_forward(x, weight, biases[i], final_relu or i < last, regular, setting)
+        bias = biases[i]
+        regular = x_regular and y_regular and is_regular(weight) and (bias is None or bias.stride(0) == 1)
+        x = linear_forward(x, weight, bias, final_relu or i < last, regular, setting)
         x_regular = y_regular
         if i >= keep:
             ys.append(x)
@@ -69,7 +71,7 @@ def mlp_backward(
     grads_b: list[torch.Tensor | None] = [None] * count
     sums: Sums = []
     waiting: list[Layer] = []  # for their weight gradients
-    elements = 0
+    multiplications = 0
     bias_left = None
     if final_relu:
         grad_z, grads_b[-1] = relu_backward(grad_output, activations[-1], need_biases[-1], setting, sums)
@@ -84,11 +86,11 @@ def mlp_backward(
             assert x is not None
             grads_w[i] = grad_w = x.new_empty(grad_z.shape[1], x.shape[1])
             waiting.append(Layer(grad_z, x if x_regular else row_major(x), z_regular and x_regular, grad_w))
-            elements += grad_w.numel()
-            if elements > ENOUGH:
+            multiplications += grad_w.numel() * x.shape[0]
+            if multiplications > ENOUGH:
                 grad_bias = grad_weights(waiting, bias_left, setting, sums)
                 grads_b[-1] = grads_b[-1] if grad_bias is None else grad_bias
-                waiting, elements, bias_left = [], 0, None
+                waiting, multiplications, bias_left = [], 0, None
         if i > lowest:
             assert weight is not None
             regular = z_regular and x_regular and is_regular(weight)

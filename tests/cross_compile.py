@@ -185,9 +185,9 @@ def specs(which: str) -> Iterator[Spec]:
             if relu or bias:
                 name = f"relu_backward {dtype} relu={relu} bias={bias}"
                 yield Spec(name, _relu_backward_kernel, arguments | constants)
-        for dtype, block_p in itertools.product(("fp32", "fp16", "bf16"), (1, 32)):
+        for dtype, block_p in itertools.product(("fp32", "fp16", "bf16"), (8, 32, 256)):
             arguments = {"partials_ptrs": ("*fp32:16",) * 3, "out_ptrs": (f"*{dtype}:16",) * 3}
-            arguments |= {"parts": ("i32",) * 3, "sizes": ("i32:16", "i32", "i32:16")}
+            arguments |= {"odd_parts": ("i32",) * 3, "sizes": ("i32:16", "i32", "i32:16")}
             arguments |= {"BLOCK_P": block_p, "BLOCK": 2048 // block_p}
             yield Spec(f"add_up {dtype} {block_p} at a time", _add_up_kernel, arguments)
     else:

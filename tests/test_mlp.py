@@ -1,5 +1,7 @@
 """functional.mlp against a plain chain of torch.nn.functional, on both paths: plain torch and kernels."""
 
+import functools
+import gc
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +11,7 @@ import pytest
 import torch
 from oracle import assert_right
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fusedmlp
 from fusedmlp.functional import mlp, why_not_fused_mlp
@@ -280,6 +282,69 @@ def test_changes_in_place_that_second_derivatives_cannot_have(device: torch.devi
         torch.autograd.grad(y.sum(), wanted, create_graph=True)
 
 
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 7)])
+def test_the_result_may_be_changed_in_place(shape: tuple[int, ...], path: str, device: torch.device) -> None:
+    """A frozen network's output that a trained one is added to: no view made under no_grad."""
+    x, weights, biases = chain(device, shape, 5, 4)
+    leaf = torch.randn(4, device=device).requires_grad_()
+    with torch.no_grad():
+        h = mlp(x, weights, biases)
+    h += leaf
+    h.sum().backward()
+    assert leaf.grad is not None
+    leaf = x.clone().requires_grad_()
+    assert not mlp(leaf, weights, biases).detach_().requires_grad
+
+
+def test_no_circle_keeps_tensors_alive(path: str, device: torch.device) -> None:
+    """Something made from the output is written into an input, and with it the way back to the function."""
+    leaf = torch.randn(5, device=device).requires_grad_()
+
+    def run() -> list[weakref.ref[torch.Tensor]]:
+        x, weights, _ = chain(device, (3, 4), 5, 2)
+        weights = [weights[0], weights[1].requires_grad_()]
+        bias, h = leaf * 1, (x.requires_grad_() * 1)
+        y = mlp(h, weights, [bias, None])
+        bias += y.mean()
+        h += y.mean()
+        return [weakref.ref(bias), weakref.ref(h)]
+
+    left = run()
+    gc.collect()
+    assert [t() for t in left] == [None, None]
+
+
+@pytest.mark.kernels
+def test_a_frozen_first_layer_lets_go_of_its_input(device: torch.device) -> None:
+    x, weights, biases = chain(device, (4, 7), 6, 3)
+    weights[1].requires_grad_()
+    h = x.requires_grad_() * 1
+    with fusedmlp.backend("triton"):
+        loss = mlp(h, weights, biases).sum()
+    gone = weakref.ref(h)
+    del h
+    loss.backward()
+    assert gone() is None
+
+
+def test_a_dispatch_mode_sees_what_linear_returned() -> None:
+    """Selective checkpointing keeps it, and notices a change in place."""
+    policy = lambda ctx, op, *_, **__: (  # noqa: E731
+        CheckpointPolicy.MUST_SAVE
+        if op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+        else CheckpointPolicy.PREFER_RECOMPUTE
+    )
+    x, weights, biases = chain(torch.device("cpu"), (6, 5), 7, 4)
+    grads = []
+    for function in (mlp, plain):
+        leaf = x.clone().requires_grad_()
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        y = checkpoint(function, leaf, weights, biases, use_reentrant=False, context_fn=contexts)
+        y.square().sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
 def test_batched_gradients(path: str, device: torch.device) -> None:
     arguments, wanted = leaves_of(chain(device, (5, 6), 7, 4), [True] * 5, torch.float32)
     vectors = torch.randn(3, 5, 4, device=device)
@@ -381,6 +446,13 @@ def test_mistakes_name_the_layers_shapes(mistake: str, path: str, device: torch.
     arguments = MISTAKES[mistake](*chain(device, (3, 7), 6, 5, 4))
     with pytest.raises(RuntimeError, match=mistake):
         mlp(*arguments)
+
+
+def test_the_right_layer_is_blamed(path: str, device: torch.device) -> None:
+    x, weights, biases = chain(device, (3, 7), 6, 5, 4)
+    wrong = [weights[0], weights[1].new_ones(5, 9), weights[2]]
+    with pytest.raises(RuntimeError, match=r"in_features=9 .* got input \(3, 6\)"):
+        mlp(torch.nn.Parameter(x), wrong, biases)
 
 
 def test_as_many_biases_as_weights() -> None:
