@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import platform
+import textwrap
 
 import torch
 
@@ -89,10 +90,9 @@ def main() -> int:
     error = worst_error(device, dtype, "triton" if possible else "torch")
     what = "Triton kernels" if possible else "PyTorch's operators, as the kernels cannot run here"
     right = error <= 2
-    print(
-        f"self-check on {device}, {options.dtype}, {what}: worst error of the output and the gradients is "
-        f"{error:.2f} times PyTorch's own: {'right' if right else 'WRONG (2 is the most)'}"
-    )
+    check = f"self-check on {device}, {options.dtype}, {what}: worst error of the output and the gradients is"
+    print(textwrap.fill(check, 80))
+    print(f"{error:.2f} times PyTorch's own: {'right' if right else 'WRONG (2 is the most)'}")
     print()
     model = nn.MLP(options.mlp[0], options.mlp[1:-1], options.mlp[-1], device=device, dtype=dtype)
     print(fusedmlp.explain(model, torch.zeros(options.batch, options.mlp[0], device=device, dtype=dtype)))

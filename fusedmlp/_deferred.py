@@ -1,6 +1,5 @@
 """A Linear whose ReLU is called by somebody else's code: its output waits to hear whether ReLU is next."""
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map_only
 
 from fusedmlp import functional, nn
-from fusedmlp._dispatch import surely_unfused
+from fusedmlp._dispatch import Run, forced, quiet, record, surely_unfused
 
 _MODULE_CALL = torch.nn.Module.__call__
 _RELU = (torch.relu, torch.Tensor.relu)
@@ -21,8 +20,11 @@ _WATCHES_GRADIENT = (
     _TENSOR.register_hook,
     _TENSOR.retain_grad,
     _TENSOR.grad_fn.__get__,
-    torch.autograd.grad,
+    # What backward(inputs=[z]) leaves there, which before torch 2.15 asks nothing of z that could be seen.
+    _TENSOR.grad.__get__,
 )
+# Functions that give the gradient of their inputs, and from which argument on those come.
+_TAKES_INPUTS: dict[Any, int] = {torch.autograd.grad: 1, torch.autograd.backward: 4, _TENSOR.backward: 4}
 
 
 def which_relu(function: Any, rest: Sequence[Any], keywords: Mapping[str, Any]) -> str | None:
@@ -58,6 +60,15 @@ def observed(module: torch.nn.Module) -> str | None:
     return None
 
 
+def _who_watches(linear: torch.nn.Module) -> str | None:
+    # A function of its own: somebody may have kept the forward, and called unfuse since.
+    if reason := observed(linear):
+        return f"of the Linear, {reason}"
+    if _has_any_global_hook() or torch.nn.Module.__call__ is not _MODULE_CALL:
+        return "a hook on every module sees the output of the Linear"
+    return None
+
+
 class LinearBeforeReLU(nn.Linear):
     """A Linear whose caller puts ReLU on its output, as fuse found out: for fuse to assign, not to build.
 
@@ -67,40 +78,42 @@ class LinearBeforeReLU(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
-        if (
-            surely_unfused(input)
-            or functional.why_not_fused(input, weight, bias) is not None
-            or observed(self) is not None
-            or _has_any_global_hook()
-            or torch.nn.Module.__call__ is not _MODULE_CALL
-            or not self._may_wait(input, weight, bias)
-        ):
+        if surely_unfused(input):
             return functional.linear(input, weight, bias)
-        return _Deferred.of(input, weight, bias)
-
-    def _may_wait(self, *tensors: torch.Tensor | None) -> bool:
-        # A later change in place of an inference tensor cannot be noticed: they have no version.
-        return not torch.is_inference_mode_enabled() and not any(
-            t.is_inference() for t in tensors if t is not None
+        reason = (
+            functional.why_not_fused(input, weight, bias)
+            or _who_watches(self)
+            or self._why_not_wait(input, weight, bias)
         )
+        if reason is None:
+            return _Deferred.of(input, weight, bias)
+        if quiet() or forced() or torch.compiler.is_compiling():
+            return functional.linear(input, weight, bias)
+        # Who records is told of the pair: functional.linear would say that there is no ReLU.
+        record(Run(input, [weight], [bias], True, reason))
+        return F.linear(input, weight, bias)
+
+    def _why_not_wait(self, *tensors: torch.Tensor | None) -> str | None:
+        if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors if t is not None):
+            # A later change in place of an inference tensor cannot be noticed: they have no version.
+            return "in inference mode the output of the Linear cannot wait for its ReLU"
+        return None
 
     def _get_name(self) -> str:
         return "Linear"
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What ``torch.jit.script`` compiles: torch's Linear of the same parameters."""
-        plain = copy.copy(self)
-        plain.__class__ = torch.nn.Linear  # type: ignore[assignment]
-        return plain
+        return nn._as_plain(self, torch.nn.Linear)
 
 
 class LinearBeforeClamp(LinearBeforeReLU):
     """The same before ``clamp_min(0)``, whose gradient is not quite ReLU's: it waits only without one."""
 
-    def _may_wait(self, *tensors: torch.Tensor | None) -> bool:
-        return super()._may_wait(*tensors) and not (
-            torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
-        )
+    def _why_not_wait(self, *tensors: torch.Tensor | None) -> str | None:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None):
+            return "the gradient of clamp_min(0) is not quite ReLU's"
+        return super()._why_not_wait(*tensors)
 
 
 class _Deferred(torch.Tensor):
@@ -139,11 +152,10 @@ class _Deferred(torch.Tensor):
             y = args[0]._relu(which_relu(func, args[1:], kwargs))
             if y is not None:
                 return y
-            if func in _WATCHES_GRADIENT and args[0]._y is None and args[0]._grad_mode:
-                raise RuntimeError(
-                    "the gradient of a Linear's output is asked for after ReLU was fused into the Linear; "
-                    "call fusedmlp.unfuse(model), or ask before the ReLU"
-                )
+            if func in _WATCHES_GRADIENT:
+                args[0]._refuse_after_relu()
+        if func in _TAKES_INPUTS:
+            tree_map_only(cls, cls._refuse_after_relu, (args[_TAKES_INPUTS[func] :], kwargs.get("inputs")))
         args, kwargs = tree_map_only(cls, cls._settle, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -153,6 +165,13 @@ class _Deferred(torch.Tensor):
     ) -> Any:
         args, kwargs = tree_map_only(cls, cls._unlinked, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def _refuse_after_relu(self) -> None:
+        if self._y is None and self._grad_mode:
+            raise RuntimeError(
+                "the gradient of a Linear's output is asked for after ReLU was fused into the Linear; "
+                "call fusedmlp.unfuse(model), or ask before the ReLU"
+            )
 
     def _relu(self, kind: str | None) -> torch.Tensor | None:
         y = self._y

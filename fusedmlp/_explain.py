@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 from fusedmlp import _dispatch, nn
 from fusedmlp._dispatch import Run
-from fusedmlp._pairs import content_of
 
 _KERNELS, _OPERATORS = "Triton kernels", "PyTorch's operators"
 _WIDTH = 80
@@ -115,9 +114,10 @@ def explain(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Explanation
     """Run ``model(*args, **kwargs)`` once, and tell what ran for each stretch of fused layers, and why.
 
     Under the settings and the grad mode of the caller; a backward is told of, not run, and is the one that
-    ``.backward()`` of a contiguous gradient would run. Gradients, buffers, attributes, training mode and
-    random states are left as they were (lazy modules become what they shall be), and what the model raises
-    comes through. Raises TypeError unless model is a ``torch.nn.Module``.
+    ``.backward()`` of a contiguous gradient would run. Attributes and the containers among them, one level
+    deep, buffers, gradients, training mode and the global random states are put back as they were (lazy
+    modules become what they shall be), and what the model raises comes through. Raises TypeError unless model
+    is a ``torch.nn.Module``.
 
     ``bytes`` count what each launch reads and writes, every tensor once, in the dtype of x. Unfused, for a
     layer of K to N features and M rows:
@@ -179,10 +179,11 @@ class _Rows:
 
 @contextlib.contextmanager
 def _left_as_it_was(model: torch.nn.Module, inputs: Any) -> Iterator[None]:
-    """Undo what a forward does to the model's attributes, buffers and gradients, and to random states."""
+    """Undo what a forward does to the model's attributes and the containers among them, one level deep, to
+    its buffers and gradients, and to the global random states."""
     # Buffers and hooks lie in dicts: of containers the content counts too.
     before = [
-        (module, type(module), [(name, value, content_of(value)) for name, value in vars(module).items()])
+        (module, type(module), [(c, *_content_of(c)) for c in (vars(module), *vars(module).values())])
         for module in model.modules()
     ]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if not torch.nn.parameter.is_lazy(b)]
@@ -201,15 +202,11 @@ def _left_as_it_was(model: torch.nn.Module, inputs: Any) -> Iterator[None]:
         random.setstate(states[0])
         if numpy:
             numpy.random.set_state(states[1])
-        for module, kind, items in before:
+        for module, kind, containers in before:
             if type(module) is not kind:  # it was lazy, and is so no more
                 continue
-            vars(module).clear()
-            for name, value, content in items:
-                vars(module)[name] = value
-                if content is not None:
-                    value.clear()
-                    (value.update if isinstance(value, (dict, set)) else value.extend)(content)
+            for container, *content in containers:
+                _put_back(container, *content)
         for buffer, values in buffers:
             if buffer.shape != values.shape:
                 buffer.data = values
@@ -217,6 +214,31 @@ def _left_as_it_was(model: torch.nn.Module, inputs: Any) -> Iterator[None]:
                 buffer.data.copy_(values)  # .data: an earlier forward may have saved it for its backward
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+_CONTAINERS: tuple[Any, ...] = (collections.OrderedDict, dict, list, set, collections.deque)
+
+
+def _content_of(value: Any) -> tuple[Any, list[Any], list[Any]]:
+    """The builtin class of a container, its members or keys, and a dict's values; None for anything else."""
+    for kind in _CONTAINERS:
+        if isinstance(value, kind):
+            values = list(kind.values(value)) if issubclass(kind, dict) else []
+            return kind, list(kind.__iter__(value)), values
+    return None, [], []
+
+
+def _put_back(container: Any, kind: Any, members: list[Any], values: list[Any]) -> None:
+    """Give a container the content it had, if it has another one, past the methods of a subclass."""
+    _, *now = _content_of(container)
+    if kind is None or [list(map(id, part)) for part in now] == [list(map(id, p)) for p in (members, values)]:
+        return
+    kind.clear(container)
+    if issubclass(kind, dict):
+        for key, value in zip(members, values, strict=True):
+            kind.__setitem__(container, key, value)
+    else:
+        (kind.update if kind is set else kind.extend)(container, members)
 
 
 class _Needs(NamedTuple):

@@ -1,7 +1,7 @@
 """Which Linear of a module's own forward is followed by ReLU: torch.fx runs it, and it is only read."""
 
-import collections
 import contextlib
+import copy
 import inspect
 import io
 import logging
@@ -21,9 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fusedmlp._deferred import observed, which_relu
 
 # A branch on a value that is unknown is taken both ways, up to so many ways through one forward, ...
-_MOST_PATHS = 64
-# ... and a loop on such a value is left after so many rounds.
+_MOST_PATHS = 8
+# ... and so many branches on the way; the others are taken as if it were False, ...
 _MOST_BRANCHES = 64
+# ... and a loop that goes on for as long as it is False ends after so many rounds.
+_MOST_ROUNDS = 1000
 
 
 class Call(NamedTuple):
@@ -41,7 +43,9 @@ def calls_in_forward(
 
     The output must have one user, ReLU out of place. Every other module is one step, whatever is in it.
     Parameters with a default keep it, ``*args`` and ``**kwargs`` are empty. A way through the forward that
-    raises counts up to there, as long as another one reaches the end. The module is left as it was.
+    raises counts up to there, as long as another one reaches the end. It is a copy that runs, and the module
+    stays as it is. What a forward does elsewhere stays done: a cache of its Python module, for one, or what
+    is written through a NumPy view of a tensor.
     """
     wanted = set(linears)
     calls, error = _calls_on_all_paths(module, wanted, False)
@@ -60,11 +64,15 @@ def _calls_on_all_paths(
     reached: set[torch.nn.Module] | None = None  # by a path that comes to its end
     error = None
     for _ in range(_MOST_PATHS):
-        tracer = _Tracer(linears, forks, stand_ins)
-        with _left_as_it_was(module), tracer.functions_as_steps():
+        try:
+            twin = _Twin(module)  # a new one each time, as one way may leave values for the next
+        except Exception as problem:
+            return [], f"it cannot be copied: {_in_words(problem)}"
+        tracer = _Tracer(linears, forks, stand_ins, twin.originals)
+        with _OnCopies(twin.shared), tracer.functions_as_steps():
             try:
-                tracer.trace(module)
-            except Exception as problem:
+                tracer.trace(twin.module)
+            except (Exception, SystemExit) as problem:
                 error, complete = error or _in_words(problem), False
             else:
                 complete = True
@@ -110,13 +118,20 @@ def quietly() -> Iterator[None]:
 class _Tracer(torch.fx.Tracer):
     """Writes down one way through a forward; ``forks`` are the decisions to take, then those taken."""
 
-    def __init__(self, linears: set[torch.nn.Module], forks: list[bool], stand_ins: bool) -> None:
+    def __init__(
+        self,
+        linears: set[torch.nn.Module],
+        forks: list[bool],
+        stand_ins: bool,
+        originals: dict[torch.nn.Module, torch.nn.Module],
+    ) -> None:
         super().__init__()
-        self.linears, self.stand_ins = linears, stand_ins
+        self.linears, self.stand_ins, self.originals = linears, stand_ins, originals
         self.modules: dict[torch.fx.Node, torch.nn.Module] = {}
         self.outputs: list[tuple[torch.fx.Node, weakref.ref[Proxy]]] = []
         self.planned = forks
         self.forks: list[bool] = []
+        self.rounds = 0
 
     def calls(self, complete: bool) -> list[Call]:
         found = []
@@ -175,8 +190,8 @@ class _Tracer(torch.fx.Tracer):
         self, m: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
         proxy = self.create_proxy("call_module", type(m).__name__, args, kwargs)
-        self.modules[proxy.node] = m
-        if m in self.linears:
+        original = self.modules[proxy.node] = self.originals.get(m, m)
+        if original in self.linears:
             self.outputs.append((proxy.node, weakref.ref(proxy)))
         return proxy
 
@@ -191,7 +206,10 @@ class _Tracer(torch.fx.Tracer):
 
     def to_bool(self, obj: Proxy) -> bool:
         if len(self.forks) == _MOST_BRANCHES:
-            raise TraceError(f"more than {_MOST_BRANCHES} branches")
+            self.rounds += 1
+            if self.rounds > _MOST_ROUNDS:
+                raise TraceError(f"more than {_MOST_BRANCHES + _MOST_ROUNDS} branches")
+            return False
         self.forks.append(self.planned[len(self.forks)] if len(self.forks) < len(self.planned) else False)
         return self.forks[-1]
 
@@ -212,59 +230,59 @@ class _Tracer(torch.fx.Tracer):
             torch.autograd.Function.apply = original
 
 
-def _in_words(problem: Exception) -> str:
+def _in_words(problem: BaseException) -> str:
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     text = textwrap.shorten(lines[0].split(". ")[0].rstrip("."), 120, placeholder=" ...") if lines else ""
     return f"{type(problem).__name__}: {text}" if text else type(problem).__name__
 
 
-@contextlib.contextmanager
-def _left_as_it_was(root: torch.nn.Module) -> Iterator[None]:
-    """Undo what a forward does to attributes, and let it change copies instead of tensors."""
-    before = [
-        (module.__dict__, [(name, value, content_of(value)) for name, value in module.__dict__.items()])
-        for module in root.modules()
-    ]
-    try:
-        with _OnCopies(root):
-            yield
-    finally:
-        for attributes, items in before:
-            attributes.clear()
-            for name, value, content in items:
-                attributes[name] = value
-                if content is not None and (value or content):
-                    value.clear()
-                    (value.update if isinstance(value, (dict, set)) else value.extend)(content)
+class _Twin:
+    """A copy of a module, to run: its tensors are new objects, with a version and flags of their own, over
+    the module's memory, for _OnCopies to protect."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        memo: dict[int, Any] = {}
+        self.shared: set[int] = set()
+        tensors: list[Any] = [*module.parameters(), *module.buffers()]
+        for one in module.modules():
+            if isinstance(one, torch.jit.ScriptModule):
+                memo[id(one)] = one  # a step, whatever is in it, and a copy would copy its memory
+            else:
+                tensors += tree_leaves(list(one.__dict__.values()))
+        for tensor in tensors:
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter) and id(tensor) not in memo:
+                memo[id(tensor)] = _alias(tensor)
+                self.shared.add(_memory(tensor))
+        self.module = copy.deepcopy(module, memo)
+        # For what is asked of a module: a copy may leave out that it is compiled, for one.
+        self.originals = {memo.get(id(one), one): one for one in module.modules()}
 
 
-def content_of(value: Any) -> Any:
-    for kind in (dict, list, set, collections.deque):
-        if isinstance(value, kind):
-            return kind(value)
-    return None
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    alias = tensor.data
+    if type(tensor) is torch.nn.Parameter:
+        alias = torch.nn.Parameter(alias, tensor.requires_grad)
+    else:
+        alias.requires_grad_(tensor.requires_grad)
+    alias.__dict__.update(tensor.__dict__)
+    return alias
 
 
 class _OnCopies(TorchDispatchMode):
-    """Operators that write, write into copies of what the module holds."""
+    """Operators that write, write into copies of what lies in this memory."""
 
-    def __init__(self, root: torch.nn.Module) -> None:
+    def __init__(self, memory: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.root = root
-        self.held: set[int] | None = None
+        self.memory = memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
-            if self.held is None:
-                attributes = (value for m in self.root.modules() for value in m.__dict__.values())
-                self.held = {_memory(t) for t in tree_leaves(list(attributes)) if isinstance(t, torch.Tensor)}
             args, kwargs = tree_map_only(torch.Tensor, self._or_copy, (args, kwargs))
         return func(*args, **kwargs)
 
     def _or_copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        assert self.held is not None
-        return tensor.clone() if _memory(tensor) in self.held else tensor
+        return tensor.clone() if _memory(tensor) in self.memory else tensor
 
 
 def _memory(tensor: torch.Tensor) -> int:

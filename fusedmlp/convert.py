@@ -13,7 +13,7 @@ import re
 import textwrap
 import types
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
 from torch.nn.utils import parametrize
@@ -99,8 +99,10 @@ def fuse(model: torch.nn.Module, *, inplace: bool = True, verbose: bool = False)
     it back. What cannot be fused, a subclass of Linear for one, is left alone, and :func:`report` says why;
     ``verbose=True`` prints that. Call it again after changing the model.
 
-    To find their pairs, forwards are run once on stand-ins, and leave no trace; torch.fx changes torch for so
-    long, so no other thread should run models meanwhile. Raises TypeError for what is no ``torch.nn.Module``.
+    To find their pairs, the forwards of a copy that shares the memory are run on stand-ins, a few times where
+    they branch. What they do to the copy leaves no trace; a cache in a Python module does, and so does what
+    is written through a NumPy view. torch.fx changes torch for so long, so no other thread should run models
+    meanwhile. Raises TypeError for what is no ``torch.nn.Module``.
 
     >>> fusedmlp.fuse(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU()))[0].__class__
     <class 'fusedmlp.nn.Linear'>
@@ -163,7 +165,9 @@ def _plan(model: torch.nn.Module) -> tuple[dict[torch.nn.Module, type[torch.nn.M
     in_sequentials = set(calls)
     with quietly():
         for module in model.modules():
-            if module not in kinds and not _is_container(module) and not _is_linear(module):
+            if module in kinds or isinstance(module, torch.jit.ScriptModule):
+                continue
+            if not _is_container(module) and not _is_linear(module):
                 for call in _calls_in_forward(module, in_sequentials):
                     calls[call.linear].append((f"forward of {type(module).__name__}", call))
     names: dict[torch.nn.Module, list[str]] = collections.defaultdict(list)
@@ -178,8 +182,7 @@ def _plan(model: torch.nn.Module) -> tuple[dict[torch.nn.Module, type[torch.nn.M
             kinds[module], status, reason = _decide(calls[module])
         else:
             status = "left alone"
-        features = [int(getattr(module, name, 0)) for name in ("in_features", "out_features")]
-        rows.append(Row(tuple(names[module]), features[0], features[1], status, reason))
+        rows.append(Row(tuple(names[module]), *(_features(module) or (0, 0)), status, reason))
     sequentials = sum(isinstance(module, torch.nn.Sequential) for module in kinds)
     return kinds, Report(tuple(rows), sequentials)
 
@@ -253,16 +256,28 @@ def _own_linears(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _is_container(module: torch.nn.Module) -> bool:
-    return type(module).forward is torch.nn.Module.forward
+    # A ScriptModule's class has no forward.
+    return getattr(type(module), "forward", None) is torch.nn.Module.forward
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
-    """Including quantized ones and others' that are no torch.nn.Linear: the report names them."""
+    """Including quantized ones and others' that are no torch.nn.Linear: the report names them.
+
+    A block that is named so and has a Linear inside is none.
+    """
     return isinstance(module, torch.nn.Linear) or (
         "Linear" in type(module).__name__
-        and hasattr(module, "in_features")
-        and hasattr(module, "out_features")
+        and _features(module) is not None
+        and not any(isinstance(one, torch.nn.Linear) for one in module.modules())
     )
+
+
+def _features(module: torch.nn.Module) -> tuple[int, int] | None:
+    """in_features and out_features, if they are numbers: of others' classes they may be anything."""
+    try:
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    except Exception:
+        return None
 
 
 def _why_left_alone(linear: torch.nn.Module) -> str | None:
@@ -290,6 +305,10 @@ def _fused_sequential(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     same = ("forward", "__call__", "__iter__", "__reduce_ex__", "__reduce__")
     if any(getattr(kind, name) is not getattr(torch.nn.Sequential, name) for name in same):
         return None
+    # It would be told of a subclass that nobody wrote, and may put it into a registry.
+    usual = (*torch.nn.Sequential.__mro__, Generic)
+    if any("__init_subclass__" in vars(base) for base in kind.__mro__ if base not in usual):
+        return None
     try:
         return _subclass(kind)
     except Exception:  # a class that does not want subclasses
@@ -305,10 +324,7 @@ class _Disguised(nn.Sequential):
         return _new, (kind._came_from, *arguments), *state
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
-        plain = copy.copy(self)
-        plain._modules = dict(self._modules)
-        plain.__class__ = type(self)._came_from  # type: ignore[attr-defined]
-        return plain
+        return nn._as_plain(self, type(self)._came_from)  # type: ignore[attr-defined]
 
 
 def _subclass(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:

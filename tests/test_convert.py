@@ -1027,3 +1027,45 @@ def test_fuse_brings_no_triton() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+# --- what others' models have in them ---
+
+
+def test_script_modules_are_no_obstacle() -> None:
+    model = tnn.Sequential(tnn.Linear(5, 5), tnn.ReLU(), torch.jit.script(tnn.Linear(5, 5)))
+    assert report(model).pairs == 1
+    fuse(model)
+
+
+def test_blocks_named_linear_are_read_and_odd_features_do_no_harm() -> None:
+    block = type("LinearBlock", (Custom,), {"in_features": 5, "out_features": 5})
+    assert report(block(code=lambda m, x: F.relu(m.fc(x)))).pairs == 1
+    for odd in (None, [5], property(lambda m: 1 / 0)):
+        assert report(type("OddLinear", (tnn.Module,), {"in_features": odd, "out_features": 5})()).rows == ()
+
+
+def test_deeper_containers_and_flags_are_left_and_exit_is_caught() -> None:
+    def deep(m: Any, x: torch.Tensor) -> Any:
+        m.cache["a"]["b"] = 1
+        m.fc.weight.requires_grad_(False)
+        return F.relu(m.fc(x))
+
+    model = custom(deep, cache={"a": {}})
+    assert report(model).pairs == 1
+    assert model.__dict__["cache"] == {"a": {}}
+    assert model.fc.weight.requires_grad
+    assert "SystemExit" in row(custom(lambda m, x: sys.exit(1)), "fc").reason
+    assert "cannot be copied" in row(custom(lambda m, x: m.fc(x), held=(i for i in ())), "fc").reason
+
+
+@pytest.mark.kernels
+def test_gradient_of_a_fused_output_is_refused(device: torch.device) -> None:
+    model, x = fuse(custom(lambda m, x: m.act(m.fc(x))).to(device)), torch.randn(4, 5, device=device)
+    with fusedmlp.backend("triton"):
+        z = model.fc(x)
+        y = model.act(z).sum()
+        with pytest.raises(RuntimeError, match="asked for after ReLU"):
+            torch.autograd.grad(y, z, allow_unused=True)
+        with pytest.raises(RuntimeError, match="asked for after ReLU"):
+            y.backward(inputs=[z]), z.grad

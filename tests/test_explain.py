@@ -518,3 +518,19 @@ def test_what_is_no_model_and_what_does_not_fit() -> None:
         pytest.raises(RuntimeError, match=r"backend\('triton'\) is in force, but"),
     ):
         explain(nn.Linear(5, 3).double(), torch.randn(3, 5).double())
+
+
+def test_a_pair_in_a_forward_has_its_own_reason_and_relu() -> None:
+    class Frozen(dict[str, int]):
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            raise TypeError
+
+    class Pair(Holder):
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.fc(x).relu()
+
+    model = fusedmlp.fuse(Pair(print, fc=tnn.Linear(5, 5), config=Frozen(a=1)))
+    (row,) = explain(model, torch.ones(2, 5)).rows
+    assert (row.final_relu, row.reason) == (True, CPU)
+    assert row.forward.unfused_launches == ("linear", "relu")
+    assert model.config == {"a": 1}
