@@ -14,6 +14,9 @@ if HAS_TRITON and not torch.cuda.is_available():
 torch.set_num_threads(1)  # pytest-xdist uses the cores; and sums in one order
 
 
+pytest_plugins = ["compatibility"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("kernels") and not HAS_TRITON:

@@ -1,0 +1,135 @@
+"""What works with PyTorch's tools and how, gathered from the tests that show it: docs/compatibility.md.
+
+A test with ``@pytest.mark.capability(section, name)`` and the fixture ``route`` runs on PyTorch's own path
+and, as far as can be, on the kernels; ``pytest --compatibility FILE`` writes the table of what became of it.
+"""
+
+import collections
+import contextlib
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fusedmlp import _dispatch
+
+_PROPERTY = "capability"
+
+
+class Route:
+    """One run of a test: ``kernels`` says whether kernels run wherever they can, ``reasons`` what was said.
+
+    reasons: for each stretch of layers that ran, None if on the kernels, else why not.
+    """
+
+    def __init__(self, kernels: bool) -> None:
+        self.kernels = kernels
+        self.reasons: list[str | None] = []
+
+
+@contextlib.contextmanager
+def taken(route: Route) -> Iterator[None]:
+    """Take this route, in this thread: other threads and processes of a test enter it for themselves."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        _dispatch.recorded(lambda run: route.reasons.append(run.reason)),
+    ):
+        if route.kernels:  # the layers here are far too small for "auto", and are on a CPU
+            patch.setattr(_dispatch, "_why_not_worth_it", lambda *arguments: None)
+            patch.setattr(_dispatch, "_interpreted", _interpreted)
+        yield
+
+
+def _interpreted(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and bool(_dispatch.kernels().interpreting())
+
+
+@pytest.fixture(params=["plain", pytest.param("kernels", marks=pytest.mark.kernels)])
+def route(request: pytest.FixtureRequest) -> Iterator[Route]:
+    """The test runs twice: as on a CPU, and with the kernels wherever they can run."""
+    route = Route(request.param == "kernels")
+    marker = request.node.get_closest_marker("capability")
+    if marker is not None:  # the report of the call carries the list as the test has filled it
+        request.node.user_properties.append((_PROPERTY, [*marker.args, route.kernels, route.reasons]))
+    with taken(route):
+        yield route
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--compatibility", metavar="FILE", help="write the table of capabilities to this file")
+
+
+class _Result:
+    """What became of all tests of one capability on one route."""
+
+    def __init__(self) -> None:
+        self.outcomes: set[str] = set()
+        self.reasons: list[str | None] = []
+        self.unsupported: list[str] = []
+
+    def __str__(self) -> str:
+        if not self.outcomes:
+            return "not run"
+        if "failed" in self.outcomes:
+            return "**fails**"
+        if self.unsupported:
+            return f"not supported: {'; '.join(dict.fromkeys(self.unsupported))}"
+        reasons = [reason for reason in dict.fromkeys(self.reasons) if reason is not None]
+        if None in self.reasons:
+            return "works fused" + (f"; in part PyTorch's own path: {'; '.join(reasons)}" if reasons else "")
+        return f"PyTorch's own path: {'; '.join(reasons)}" if reasons else "works; no layer runs"
+
+
+def table(reports: list[pytest.TestReport]) -> str:
+    """The capabilities in the order of their sections' and own names, as Markdown."""
+    results: dict[tuple[str, str], dict[bool, _Result]] = collections.defaultdict(
+        lambda: collections.defaultdict(_Result)
+    )
+    for report in reports:
+        for key, value in report.user_properties:
+            if key == _PROPERTY:
+                section, name, kernels, reasons = value
+                result = results[section, name][kernels]
+                result.outcomes.add("failed" if report.failed else "passed")
+                result.reasons += reasons
+                if hasattr(report, "wasxfail"):
+                    result.unsupported.append(str(report.wasxfail))
+    lines: list[str] = []
+    before = None
+    for (section, name), routes in sorted(results.items()):
+        if section != before:
+            lines += [
+                "",
+                f"## {section}",
+                "",
+                "| capability | where the kernels can run | on a CPU |",
+                "|---|---|---|",
+            ]
+            before = section
+        plain = routes[False]
+        cpu = "works" if str(plain).startswith(("PyTorch's", "works")) else str(plain)
+        lines.append(f"| {name} | {routes[True]} | {cpu} |")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    file = config.getoption("--compatibility")
+    if file:
+        reports = [
+            r
+            for kind in ("passed", "failed", "xfailed", "xpassed")
+            for r in terminalreporter.stats.get(kind, [])
+        ]
+        pathlib.Path(file).write_text(_HEAD + table(reports), encoding="utf-8")
+        terminalreporter.write_line(f"wrote {file}")
+
+
+_HEAD = """# What works with PyTorch's tools, and how
+
+Written by `pytest --compatibility docs/compatibility.md`, from the tests that show each row; none is by hand.
+*Works fused*: on the kernels, here in Triton's interpreter where there is no GPU. *PyTorch's own path*: as
+without this package, for the reason given. *Not supported*: for the reason given.
+
+"""
