@@ -9,6 +9,8 @@ from fusedmlp import _reference
 from fusedmlp._autograd import fused_mlp
 from fusedmlp._dispatch import (
     Run,
+    autocast_dtype,
+    cast,
     forced,
     quiet,
     record,
@@ -104,9 +106,13 @@ def _fused_or_reason(
     reason = why_not_fused_mlp(x, weights, biases, final_relu=final_relu)
     if not torch.compiler.is_compiling():
         record(Run(x, weights, biases, final_relu, reason))
-        if reason is not None and forced() and all(isinstance(t, torch.Tensor) for t in (x, *weights)):
-            raise RuntimeError(f"backend('triton') is in force, but {reason}")
+    if reason is not None and forced() and all(isinstance(t, torch.Tensor) for t in (x, *weights)):
+        raise RuntimeError(f"backend('triton') is in force, but {reason}")
     if reason is None:
+        dtype = autocast_dtype(x.device.type)
+        if dtype is not None:  # as autocast itself, operator by operator: outside of what is differentiated
+            x, weights = cast(x, dtype), [cast(weight, dtype) for weight in weights]
+            biases = [None if bias is None else cast(bias, dtype) for bias in biases]
         return fused_mlp(x, weights, biases, final_relu)
     return _reference.mlp_forward(x, weights, biases, final_relu, len(weights) - 1)[0]
 
@@ -119,7 +125,7 @@ def _raise_clearer(
     shape: tuple[int, ...] | None = None,
 ) -> None:
     """Raise the same type of error with the caller's mistake in words, if there is one and it is not said."""
-    if type(error) is not RuntimeError:  # out of memory, for one
+    if type(error) is not RuntimeError or torch.compiler.is_compiling():  # out of memory, for one
         return
     problem = _mistake(input, weight, bias, shape)
     if problem is not None and problem != str(error):
