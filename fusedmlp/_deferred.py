@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map_only
 
 from fusedmlp import functional, nn
-from fusedmlp._dispatch import Run, forced, quiet, record, surely_unfused
+from fusedmlp._dispatch import forced, quiet, record, surely_unfused
 
 _MODULE_CALL = torch.nn.Module.__call__
 _RELU = (torch.relu, torch.Tensor.relu)
@@ -93,7 +93,7 @@ class LinearBeforeReLU(nn.Linear):
         if quiet() or forced():
             return functional.linear(input, weight, bias)
         # Who records is told of the pair: functional.linear would say that there is no ReLU.
-        record(Run(input, [weight], [bias], True, reason))
+        record(input, [weight], [bias], True, reason)
         return F.linear(input, weight, bias)
 
     def _why_not_wait(self, *tensors: torch.Tensor | None) -> str | None:

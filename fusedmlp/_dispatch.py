@@ -99,9 +99,16 @@ def recorded(note: Callable[[Run], None]) -> Iterator[None]:
         _choose(_chosen.backend, before)
 
 
-def record(run: Run) -> None:
+def record(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    final_relu: bool,
+    reason: str | None,
+) -> None:
+    """Tell who listens, if there is somebody."""
     if _chosen.note is not None:
-        _chosen.note(run)
+        _chosen.note(Run(x, weights, biases, final_relu, reason))
 
 
 def forced() -> bool:

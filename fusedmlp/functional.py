@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from fusedmlp import _reference
 from fusedmlp._autograd import fused_mlp
 from fusedmlp._dispatch import (
-    Run,
     autocast_dtype,
     cast,
     forced,
@@ -105,7 +104,7 @@ def _fused_or_reason(
 ) -> torch.Tensor:
     reason = why_not_fused_mlp(x, weights, biases, final_relu=final_relu)
     if not torch.compiler.is_compiling():
-        record(Run(x, weights, biases, final_relu, reason))
+        record(x, weights, biases, final_relu, reason)
     if reason is not None and forced() and all(isinstance(t, torch.Tensor) for t in (x, *weights)):
         raise RuntimeError(f"backend('triton') is in force, but {reason}")
     if reason is None:
