@@ -19,8 +19,11 @@ def linear_forward(
 
 
 def _watched() -> bool:
-    """Whether a mode is active: it sees every operator, and may keep what one of them returned."""
-    return not torch.compiler.is_compiling() and bool(
+    """Whether a mode is active: it sees every operator, and may keep what one of them returned.
+
+    Or a compiler, which makes no use of a ReLU in place: an exported graph is that of ``torch.nn``.
+    """
+    return torch.compiler.is_compiling() or bool(
         torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
     )
 
