@@ -77,6 +77,7 @@ class LinearBeforeReLU(nn.Linear):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+    @nn._scripted_as(nn._plain_linear)
         weight, bias = self.weight, self.bias
         if surely_unfused(input):
             return functional.linear(input, weight, bias)
@@ -104,10 +105,6 @@ class LinearBeforeReLU(nn.Linear):
 
     def _get_name(self) -> str:
         return "Linear"
-
-    def __prepare_scriptable__(self) -> torch.nn.Module:
-        """What ``torch.jit.script`` compiles: torch's Linear of the same parameters."""
-        return nn._as_plain(self, torch.nn.Linear)
 
 
 class LinearBeforeClamp(LinearBeforeReLU):

@@ -323,9 +323,6 @@ class _Disguised(nn.Sequential):
         _, (kind, *arguments), *state = made
         return _new, (kind._came_from, *arguments), *state
 
-    def __prepare_scriptable__(self) -> torch.nn.Module:
-        return nn._as_plain(self, type(self)._came_from)  # type: ignore[attr-defined]
-
 
 def _subclass(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
     if kind not in _SUBCLASSES:
