@@ -71,6 +71,16 @@ class LinearReLU(Linear):
         return _functional.linear_relu(input, self.weight, self.bias)
 
 
+class LazyLinear(torch.nn.LazyLinear, Linear):  # type: ignore[no-redef]
+    """``torch.nn.LazyLinear``: its first input says in_features, and from then on it is a :class:`Linear`.
+
+    >>> LazyLinear(2)(torch.randn(8, 4)).shape
+    torch.Size([8, 2])
+    """
+
+    cls_to_become = Linear
+
+
 class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
     """``torch.nn.Sequential`` that runs each stretch Linear, ReLU, Linear, ReLU, ... as one operation.
 
@@ -81,6 +91,7 @@ class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
     torch.Size([8, 1])
     """
 
+    @_scripted_as(torch.nn.Sequential.forward)
     def forward(self, input: Any) -> Any:
         # Somebody may be looking at the modules one by one: a tracer or compiler, by a wrapped input, by a
         # hook or by a patched call.
@@ -91,7 +102,6 @@ class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
             or torch.nn.Module.__call__ is not _MODULE_CALL
         ):
             return super().forward(input)  # type: ignore[no-untyped-call]
-    @_scripted_as(torch.nn.Sequential.forward)
         layers: list[torch.nn.Module] = []  # the stretch that is being collected,
         weights: list[torch.Tensor] = []
         biases: list[torch.Tensor | None] = []
