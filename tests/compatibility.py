@@ -7,7 +7,7 @@ and, as far as can be, on the kernels; ``pytest --compatibility FILE`` writes th
 import collections
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 from fusedmlp import _dispatch
 
 _PROPERTY = "capability"
+_SAMPLES = "samples"
 
 
 class Route:
@@ -43,6 +44,13 @@ def taken(route: Route) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Inside ``taken`` of the plain route: with nobody to be told, calls on a CPU take a shorter way."""
+    with _dispatch.recorded(None):  # type: ignore[arg-type]
+        yield
+
+
 def _interpreted(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and _dispatch._interpreting()
 
@@ -66,6 +74,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             # It will be skipped before route is asked for, and is a row all the same.
             kernels = getattr(item, "callspec").params.get("route") == "kernels"  # noqa: B009  of a Function
             item.user_properties.append((_PROPERTY, [*marker.args, kernels, []]))
+
+
+@pytest.fixture
+def sampled(request: pytest.FixtureRequest, route: Route) -> Callable[..., None]:
+    """Called after each of PyTorch's own samples that came out right, so that the run can say how many."""
+    counts: dict[str, list[int]] = {}
+    request.node.user_properties.append((_SAMPLES, [route.kernels, counts]))
+
+    def one_more(of: str, fused: bool = False) -> None:
+        count = counts.setdefault(of, [0, 0])
+        count[0] += 1
+        count[1] += fused
+
+    return one_more
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -130,7 +152,29 @@ def table(reports: list[pytest.TestReport]) -> str:
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
+def how_many(reports: list[pytest.TestReport]) -> list[str]:
+    """A line for each of PyTorch's descriptions: how many samples passed, and how many on the kernels."""
+    totals: dict[str, list[int]] = {}
+    for report in reports:
+        for key, value in report.user_properties:
+            if key == _SAMPLES:
+                kernels, counts = value
+                for of, (all_, fused) in counts.items():
+                    total = totals.setdefault(of, [0, 0, 0])
+                    total[kernels] += all_
+                    total[2] += fused
+    return [
+        f"{of}: {plain} plain, {kernels} with the kernels allowed ({fused} ran on them)"
+        for of, (plain, kernels, fused) in sorted(totals.items())
+    ]
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    lines = how_many(terminalreporter.stats.get("passed", []))
+    if lines:
+        terminalreporter.section("samples of PyTorch's own that passed")
+        for line in lines:
+            terminalreporter.write_line(line)
     file = config.getoption("--compatibility")
     if file:
         kinds = ("passed", "failed", "skipped", "xfailed", "xpassed")
