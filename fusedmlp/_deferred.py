@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map_only
 
 from fusedmlp import functional, nn
-from fusedmlp._dispatch import Run, forced, quiet, record, surely_unfused
+from fusedmlp._dispatch import forced, quiet, record, surely_unfused
 
 _MODULE_CALL = torch.nn.Module.__call__
 _RELU = (torch.relu, torch.Tensor.relu)
@@ -80,6 +80,9 @@ class LinearBeforeReLU(nn.Linear):
         weight, bias = self.weight, self.bias
         if surely_unfused(input):
             return functional.linear(input, weight, bias)
+        if torch.compiler.is_compiling():
+            # A compiler sees the ReLU too, and could not look into a tensor that waits for it.
+            return (functional.linear if forced() else F.linear)(input, weight, bias)
         reason = (
             functional.why_not_fused(input, weight, bias)
             or _who_watches(self)
@@ -87,10 +90,10 @@ class LinearBeforeReLU(nn.Linear):
         )
         if reason is None:
             return _Deferred.of(input, weight, bias)
-        if quiet() or forced() or torch.compiler.is_compiling():
+        if quiet() or forced():
             return functional.linear(input, weight, bias)
         # Who records is told of the pair: functional.linear would say that there is no ReLU.
-        record(Run(input, [weight], [bias], True, reason))
+        record(input, [weight], [bias], True, reason)
         try:
             return F.linear(input, weight, bias)
         except RuntimeError as error:

@@ -8,7 +8,9 @@ from torch.nn import functional as F
 from fusedmlp import _reference
 from fusedmlp._autograd import fused_mlp
 from fusedmlp._dispatch import (
-    Run,
+    autocast_dtype,
+    cast,
+    dtype_after_cast,
     forced,
     quiet,
     record,
@@ -109,10 +111,14 @@ def _fused_or_reason(
 ) -> torch.Tensor:
     reason = why_not_fused_mlp(x, weights, biases, final_relu=final_relu)
     if not torch.compiler.is_compiling():
-        record(Run(x, weights, biases, final_relu, reason))
-        if reason is not None and forced():
-            _refuse(reason, x, weights, biases)
+        record(x, weights, biases, final_relu, reason)
+    if reason is not None and forced():
+        _refuse(reason, x, weights, biases)
     if reason is None:
+        dtype = autocast_dtype(x.device.type)
+        if dtype is not None:  # as autocast itself, operator by operator: outside of what is differentiated
+            x, weights = cast(x, dtype), [cast(weight, dtype) for weight in weights]
+            biases = [None if bias is None else cast(bias, dtype) for bias in biases]
         return fused_mlp(x, weights, biases, final_relu)
     return _reference.mlp_forward(x, weights, biases, final_relu, len(weights) - 1)[0]
 
@@ -134,7 +140,7 @@ def _raise_clearer(
     shape: tuple[int, ...] | None = None,
 ) -> None:
     """Raise the same type of error with the caller's mistake in words, if there is one and it is not said."""
-    if type(error) is not RuntimeError:  # out of memory, for one
+    if type(error) is not RuntimeError or torch.compiler.is_compiling():  # out of memory, for one
         return
     problem = _mistake(input, weight, bias, shape)
     if problem is not None and problem != str(error):
@@ -170,8 +176,8 @@ def _mistake(
         where = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         return f"linear needs its tensors on one device, got {where} ({shapes})"
     kind = input.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # it mixes dtypes
-    if not autocast and len({tensor.dtype for tensor in tensors.values()}) > 1:
+    autocast = autocast_dtype(kind) if torch.amp.is_autocast_available(kind) else None
+    if len({dtype_after_cast(tensor.dtype, autocast) for tensor in tensors.values()}) > 1:
         what = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
         return f"linear needs its tensors in one dtype, got {what} ({shapes})"
     return wrong_bias if bias is not None and bias.dim() > 1 and not strict else None

@@ -17,6 +17,7 @@ from torch.nn import *  # noqa: F403  all of torch.nn, whatever its version has
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedmlp import functional as _functional
+from fusedmlp._dispatch import left_to_compiler
 
 
 class Linear(torch.nn.Linear):  # type: ignore[no-redef]  # it replaces torch's, which * brought
@@ -66,7 +67,7 @@ class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
         # hook or by a patched call.
         if (
             type(input) is not torch.Tensor
-            or torch.compiler.is_compiling()
+            or left_to_compiler(input)
             or _has_any_global_hook()
             or torch.nn.Module.__call__ is not _MODULE_CALL
         ):

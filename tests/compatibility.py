@@ -28,14 +28,15 @@ class Route:
         self.kernels = kernels
         self.reasons: list[str | None] = []
 
+    def note(self, run: _dispatch.Run) -> None:
+        if run.reason != "backend('torch') is in force":  # what a test compares with
+            self.reasons.append(run.reason)
+
 
 @contextlib.contextmanager
 def taken(route: Route) -> Iterator[None]:
     """Take this route, in this thread: other threads and processes of a test enter it for themselves."""
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        _dispatch.recorded(lambda run: route.reasons.append(run.reason)),
-    ):
+    with pytest.MonkeyPatch.context() as patch, _dispatch.recorded(route.note):
         if route.kernels:  # the layers here are far too small for "auto", and are on a CPU
             patch.setattr(_dispatch, "_why_not_worth_it", lambda *arguments: None)
             patch.setattr(_dispatch, "_interpreted", _interpreted)
@@ -43,7 +44,7 @@ def taken(route: Route) -> Iterator[None]:
 
 
 def _interpreted(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and bool(_dispatch.kernels().interpreting())
+    return x.device.type == "cpu" and _dispatch._interpreting()
 
 
 @pytest.fixture(params=["plain", pytest.param("kernels", marks=pytest.mark.kernels)])
@@ -57,6 +58,16 @@ def route(request: pytest.FixtureRequest) -> Iterator[Route]:
         yield route
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marker = item.get_closest_marker("capability")
+        if marker is not None and item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            # It will be skipped before route is asked for, and is a row all the same.
+            kernels = getattr(item, "callspec").params.get("route") == "kernels"  # noqa: B009  of a Function
+            item.user_properties.append((_PROPERTY, [*marker.args, kernels, []]))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--compatibility", metavar="FILE", help="write the table of capabilities to this file")
 
@@ -68,10 +79,11 @@ class _Result:
         self.outcomes: set[str] = set()
         self.reasons: list[str | None] = []
         self.unsupported: list[str] = []
+        self.skipped: list[str] = []
 
     def __str__(self) -> str:
         if not self.outcomes:
-            return "not run"
+            return f"not run: {'; '.join(dict.fromkeys(self.skipped))}" if self.skipped else "not run"
         if "failed" in self.outcomes:
             return "**fails**"
         if self.unsupported:
@@ -92,6 +104,10 @@ def table(reports: list[pytest.TestReport]) -> str:
             if key == _PROPERTY:
                 section, name, kernels, reasons = value
                 result = results[section, name][kernels]
+                if report.skipped and not hasattr(report, "wasxfail"):
+                    assert isinstance(report.longrepr, tuple)
+                    result.skipped.append(report.longrepr[2].removeprefix("Skipped: "))
+                    continue
                 result.outcomes.add("failed" if report.failed else "passed")
                 result.reasons += reasons
                 if hasattr(report, "wasxfail"):
@@ -117,11 +133,8 @@ def table(reports: list[pytest.TestReport]) -> str:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     file = config.getoption("--compatibility")
     if file:
-        reports = [
-            r
-            for kind in ("passed", "failed", "xfailed", "xpassed")
-            for r in terminalreporter.stats.get(kind, [])
-        ]
+        kinds = ("passed", "failed", "skipped", "xfailed", "xpassed")
+        reports = [report for kind in kinds for report in terminalreporter.stats.get(kind, [])]
         pathlib.Path(file).write_text(_HEAD + table(reports), encoding="utf-8")
         terminalreporter.write_line(f"wrote {file}")
 
