@@ -79,11 +79,11 @@ def mlp(
     torch.Size([8, 2])
     """
     try:
-        numbers_fit = len(weights) == len(biases) and bool(weights)
+        wrong_number = len(weights) != len(biases) or not weights
     except (TypeError, RuntimeError):  # None, a generator, a tensor
         kinds = f"{type(weights).__name__} and {type(biases).__name__}"
         raise TypeError(f"mlp takes a list of weights and a list of biases, got {kinds}") from None
-    if not numbers_fit:
+    if wrong_number:
         raise ValueError(
             f"mlp needs at least one weight, and for each a bias or None, "
             f"got {len(weights)} weights and {len(biases)} biases"
