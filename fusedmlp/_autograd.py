@@ -43,7 +43,7 @@ class FusedMLP(torch.autograd.Function):
         # What only create_graph=True wants, to compute the hidden layers anew: inputs of this function, whose
         # change in place nn.Linear allows, so they are not saved but looked at when it comes to that.
         ctx.only_for_create_graph = []
-        if any(need_weights[lowest + 1 :]) and not compiling:  # which knows no create_graph
+        if lowest < count - 1 and not compiling:  # which knows no create_graph
             rest = (None if need_weights[lowest] else start, weights[lowest], *biases[lowest:-1])
             ctx.only_for_create_graph = [_remembered(t) for t in rest]
         ctx.settings = final_relu, lowest, need_x, need_weights, need_biases

@@ -96,7 +96,11 @@ class LinearBeforeReLU(nn.Linear):
             return functional.linear(input, weight, bias)
         # Who records is told of the pair: functional.linear would say that there is no ReLU.
         record(input, [weight], [bias], True, reason)
-        return F.linear(input, weight, bias)
+        try:
+            return F.linear(input, weight, bias)
+        except RuntimeError as error:
+            functional._raise_clearer(error, input, weight, bias)
+            raise
 
     def _why_not_wait(self, *tensors: torch.Tensor | None) -> str | None:
         if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors if t is not None):

@@ -194,7 +194,7 @@ def _why_impossible(
     if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
     autocast = autocast_dtype(device.type)
-    dtype = _cast(x.dtype, autocast)
+    dtype = dtype_after_cast(x.dtype, autocast)
     if dtype not in _DTYPES:
         return f"there are kernels for float32, float16 and bfloat16, not for {dtype}"
     for optional, group in ((False, weights), (True, biases)):
@@ -208,7 +208,7 @@ def _why_impossible(
                 return f"{what} is a {type(tensor).__name__}, not a plain torch.Tensor"
             if tensor.device != device:
                 return f"{_name(tensor, weights, biases)} is on {tensor.device}, x on {device}"
-            if tensor.dtype is not dtype and _cast(tensor.dtype, autocast) is not dtype:
+            if tensor.dtype is not dtype and dtype_after_cast(tensor.dtype, autocast) is not dtype:
                 return f"{_name(tensor, weights, biases)} is {tensor.dtype}, x {dtype}"
             # Inline: a chain has many tensors, and none of them is complex.
             if tensor.layout is not torch.strided or (
@@ -250,14 +250,14 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
-def _cast(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+def dtype_after_cast(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
     """What a tensor of this dtype becomes: autocast leaves float64 and what is not a float as it is."""
     return autocast if autocast is not None and dtype in _DTYPES else dtype
 
 
 def cast(tensor: torch.Tensor, autocast: torch.dtype | None) -> torch.Tensor:
     """What autocast makes of an input of ``linear``."""
-    return tensor.to(_cast(tensor.dtype, autocast))
+    return tensor.to(dtype_after_cast(tensor.dtype, autocast))
 
 
 def _name(
@@ -284,7 +284,7 @@ def _why_not_worth_it(x: torch.Tensor, weights: Sequence[torch.Tensor], final_re
         if not torch.compiler.is_compiling():  # which has no number where the batch is any
             much = f"{flops / 1e9:.2g} GFLOP" + (f" in {count} layers" if count > 1 else "")
         return f"{much} is too little to pay for launching kernels from Python"
-    if _cast(x.dtype, autocast_dtype(x.device.type)) is torch.float32 and _ieee_float32():
+    if dtype_after_cast(x.dtype, autocast_dtype(x.device.type)) is torch.float32 and _ieee_float32():
         return "IEEE float32 is limited by arithmetic, where cuBLAS is trusted to be faster"
     if products / sum(N + K for N, K in (weight.shape for weight in weights)) > _MOST_INTENSITY:
         widths = " to ".join(map(str, [weights[0].shape[1], *(weight.shape[0] for weight in weights)]))

@@ -5,6 +5,7 @@
 The same parameters, initial values, ``state_dict`` keys and ``repr``: checkpoints go both ways.
 """
 
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
@@ -150,10 +151,15 @@ class MLP(Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(hidden_features, int):
-            raise TypeError(f"hidden_features is a list of widths, such as [{hidden_features}], not an int")
+        try:
+            widths = [operator.index(width) for width in hidden_features]
+        except TypeError:
+            hint = f"hidden_features is a list of widths, such as [256, 128], got {hidden_features!r}"
+            raise TypeError(hint) from None
+        if callable(bias):  # an activation or a norm, as other libraries' MLPs take
+            raise TypeError(f"bias is True or False, got {bias!r}; between the layers is always ReLU")
         layers: list[torch.nn.Module] = []
-        for width in hidden_features:
+        for width in widths:
             layers += [Linear(in_features, width, bias, device, dtype), torch.nn.ReLU()]
             in_features = width
         super().__init__(*layers, Linear(in_features, out_features, bias, device, dtype))
