@@ -109,8 +109,8 @@ class _Result:
         if "failed" in self.outcomes:
             return "**fails**"
         if self.unsupported:
-            return f"not supported: {'; '.join(dict.fromkeys(self.unsupported))}"
-        reasons = [reason for reason in dict.fromkeys(self.reasons) if reason is not None]
+            return f"not supported: {'; '.join(sorted(set(self.unsupported)))}"
+        reasons = sorted({reason for reason in self.reasons if reason is not None})  # workers have no order
         if None in self.reasons:
             return "works fused" + (f"; in part PyTorch's own path: {'; '.join(reasons)}" if reasons else "")
         return f"PyTorch's own path: {'; '.join(reasons)}" if reasons else "works; no layer runs"
