@@ -142,7 +142,8 @@ class Runs:
             noting = self._plain._replace(context=lambda: _all_of(_plainly(self.model), draws))
             self._run(noting, ask, self.leaves)
             if draws.unknown:
-                raise RuntimeError(f"the numbers that {', '.join(sorted(draws.unknown))} draws are not known")
+                names = ", ".join(sorted(draws.unknown))
+                raise RuntimeError(f"the numbers that {names} draws are not known; model.eval() may help")
         kinds = {t.device.type for t in (*exact.parameters(), *self._named_inputs().values())}
         no_autocast = [torch.autocast(kind, enabled=False) for kind in kinds & {"cpu", "cuda"}]
 

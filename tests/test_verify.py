@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedmlp
 from fusedmlp import _autograd, _dispatch, _reference, _verify, nn
-from fusedmlp._verify import Verification, verify
+from fusedmlp._verification import Verification
+from fusedmlp._verify import verify
 
 ROOT = pathlib.Path(__file__).parents[1]
 CHECKS = [
@@ -408,10 +409,12 @@ def test_an_error_of_the_fused_model_is_a_result(
     assert shown(result).startswith("WRONG: 2 layers in 1 stretch on the Triton kernels")
     result = verified(model.double(), x.double())
     assert "backend('triton') is in force, but there are kernels for float32" in str(result.checks)
-    assert shown(result).startswith("WRONG: the fused model did not run.")
+    assert shown(result).startswith("WRONG: on what the fused layers run is not known.")
 
-    def interrupted(*args: Any) -> None:
-        raise KeyboardInterrupt
+    def interrupted(*args: Any) -> Any:
+        if not all(args[6]) and not explaining():  # in the middle of it, as part of the model is frozen
+            raise KeyboardInterrupt
+        return _reference.mlp_backward(*args)
 
     monkeypatch.setattr(_dispatch.kernels(), "mlp_backward", interrupted)
     state = State(model.float(), x)
@@ -621,6 +624,9 @@ def test_without_gradients_or_outputs() -> None:
     assert not result
     assert "There is no output of floating-point numbers to compare." in result.failures
     shown(result)
+    result = verify(nn.MLP(5, [4], 3, device="meta"), torch.empty(6, 5, device="meta"), verbose=False)
+    assert result.failures == ("On the meta device there are no numbers to compare.",)
+    assert not result
 
 
 def test_compiled_and_distributed(tmp_path: pathlib.Path) -> None:
@@ -716,6 +722,16 @@ def test_hooks_and_optimizers_in_backward_do_not_step() -> None:
     assert set(calls) == {"forward"}
     model(x).sum().backward()
     assert len(calls) > calls.count("forward")
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy_modules_become_what_they_shall_be() -> None:
+    model = tnn.Sequential(tnn.LazyLinear(4), tnn.LazyBatchNorm1d(), nn.LinearReLU(4, 2))
+    result = verify(model, torch.randn(3, 5), verbose=False)
+    assert result
+    assert "1 plain torch.nn.Linear, which fusedmlp.fuse(model) changes" in " ".join(shown(result).split())
+    assert type(model[0]) is tnn.Linear
+    assert model[1].num_batches_tracked == 0
 
 
 def test_how_much_is_frozen() -> None:
