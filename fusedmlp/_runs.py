@@ -142,7 +142,8 @@ class Runs:
             noting = self._plain._replace(context=lambda: _all_of(_plainly(self.model), draws))
             self._run(noting, ask, self.leaves)
             if draws.unknown:
-                raise RuntimeError(f"the numbers that {', '.join(sorted(draws.unknown))} draws are not known")
+                names = ", ".join(sorted(draws.unknown))
+                raise RuntimeError(f"the numbers that {names} draws are not known; model.eval() may help")
         kinds = {t.device.type for t in (*exact.parameters(), *self._named_inputs().values())}
         no_autocast = [torch.autocast(kind, enabled=False) for kind in kinds & {"cpu", "cuda"}]
 
@@ -164,7 +165,7 @@ class Runs:
             if not _floating(tensor):
                 return _clone(tensor)
             wide = up(tensor.detach())
-            by = 2 * torch.rand(tensor.shape, generator=generator).to(tensor.device) - 1
+            by = 2 * torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor.device) - 1
             return (wide * (1 + torch.finfo(tensor.dtype).eps * by.double())).to(tensor.dtype)
 
         model, _ = twin(self.model, nudged)
@@ -293,7 +294,9 @@ def _of_norm(gradients: list[torch.Tensor | None], leaves: list[torch.Tensor]) -
     norms = [
         # In float32 at least, as the squares of 16-bit numbers would overflow. Where the norm is 0 it has a
         # gradient, as a square root has not.
-        torch.linalg.vector_norm(g.to(torch.promote_types(g.dtype, torch.float32))).to(leaves[0].device)
+        torch.linalg.vector_norm(_dense(g).to(torch.promote_types(g.dtype, torch.float32))).to(
+            leaves[0].device
+        )
         for g in gradients
         if g is not None and g.requires_grad
     ]
@@ -313,7 +316,11 @@ def _incoming(ask: Ask, number: int, target: torch.Tensor) -> torch.Tensor:
             return torch.ones((), dtype=target.dtype, device=target.device).expand(target.shape)
         generator = torch.Generator().manual_seed(number)
         # Numbers that bfloat16 holds, so that no dtype rounds them.
-        random = torch.randn(target.shape, generator=generator).bfloat16().to(target.device, target.dtype)
+        random = (
+            torch.randn(target.shape, generator=generator, device="cpu")
+            .bfloat16()
+            .to(target.device, target.dtype)
+        )
         if ask == "transposed" and target.dim() > 1:
             return random.transpose(-1, -2).contiguous().transpose(-1, -2)
         return random
@@ -374,9 +381,12 @@ def _clone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone()
 
 
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
 def _comparable(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    tensor = _dense(tensor.detach())
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 

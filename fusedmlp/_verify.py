@@ -1,95 +1,19 @@
 """``verify(model, x)``: is what is fused as right as PyTorch, on this model and these data?"""
 
-import collections
-import contextlib
-import dataclasses
 import itertools
 import math
-import re
-import textwrap
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from fusedmlp import _dispatch, _measure
 from fusedmlp._explain import Explanation, explain
 from fusedmlp._runs import Ask, Run, Runs, in_words
+from fusedmlp._verification import Check, Row, Verdict, Verification, is_gradient, verdicts
 
-Verdict = Literal["right", "WRONG", "unknown", "skipped"]
-
-_WIDTH = 80
 _MOST_SETTINGS = 32  # of requires_grad
-_MOST_LINES = 24  # of a table, before rows that are alike become one
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One tensor: the error of the fused result and that of PyTorch's own.
-
-    The errors are the largest ones against float64, as parts of the largest value; ratio is that of the two,
-    or of their RMS if that is more. Without a float64 result error is the difference from PyTorch's, the
-    rest is NaN and the verdict ``"unknown"``, but where fused and plain are the same bits.
-    """
-
-    name: str
-    error: float
-    torchs_error: float
-    ratio: float
-    verdict: Verdict
-    problem: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One further check: how many runs it made, the worst ratio, and what was wrong or why it was skipped."""
-
-    name: str
-    verdict: Verdict
-    runs: int
-    ratio: float
-    problems: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Verification:
-    """What :func:`verify` found: true if all holds, ``str()`` of it is a table, ``to_dict()`` plain data.
-
-    rows of the output and of every gradient; checks; failures: why what was not compared keeps it from being
-    true; notes: what to know besides; explanation: what :func:`explain` says of the fused run, if it ran.
-    """
-
-    rows: tuple[Row, ...]
-    checks: tuple[Check, ...]
-    failures: tuple[str, ...]
-    notes: tuple[str, ...]
-    explanation: Explanation | None
-
-    def __bool__(self) -> bool:
-        bad = _verdicts(self.rows, self.checks) & {"WRONG", "unknown"}
-        return bool(self.rows) and not self.failures and not bad
-
-    def to_dict(self) -> dict[str, Any]:
-        """Dicts, tuples, strings and numbers, fit for ``json.dumps``."""
-        return dataclasses.asdict(self)
-
-    def __str__(self) -> str:
-        wrong = "WRONG" in _verdicts(self.rows, self.checks)
-        verdict = "right" if self else "WRONG" if wrong else "unknown"
-        paragraphs = [f"{verdict}: {_where(self.explanation)}", *self.failures]
-        parts = ["\n".join(map(_paragraph, paragraphs))]
-        if self.rows:
-            parts.append("\n".join(_table(self.rows)))
-        if self.checks:
-            parts.append("\n".join(line for check in self.checks for line in _lines_of_check(check)))
-        parts.append("\n".join(map(_paragraph, (*self.notes, _LEGEND))))
-        return "\n\n".join(parts)
-
-
-_LEGEND = (
-    "Errors are against float64, as parts of the largest value. Right: at most 2 times PyTorch's own, the "
-    "largest and in RMS, and two units in the last place of float32."
-)
 
 
 def verify(
@@ -123,17 +47,27 @@ def verify(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"verify takes a torch.nn.Module, not {type(model).__name__}")
+    result = _verification(model, x, loss_fn)
+    if verbose:
+        print(result)
+    return result
+
+
+def _verification(
+    model: torch.nn.Module, x: Any, loss_fn: Callable[[Any], torch.Tensor] | None
+) -> Verification:
+    leaves = [*model.parameters(), *model.buffers(), *tree_leaves(x)]
+    tensors = [t for t in leaves if isinstance(t, torch.Tensor) and not torch.nn.parameter.is_lazy(t)]
+    if any(tensor.is_meta for tensor in tensors):
+        return Verification((), (), ("On the meta device there are no numbers to compare.",), (), None)
     # What was made in inference mode has no gradients, and runs in that mode only.
-    inference = any(parameter.is_inference() for parameter in model.parameters())
+    inference = any(isinstance(t, torch.nn.Parameter) and t.is_inference() for t in tensors)
     with (
         torch.inference_mode(inference),
         torch.set_grad_enabled(not inference),
         Runs(model, x, loss_fn).put_back() as runs,
     ):
-        result = _Verifier(runs).result()
-    if verbose:
-        print(result)
-    return result
+        return _Verifier(runs).result()
 
 
 class _Verifier:
@@ -156,20 +90,19 @@ class _Verifier:
             fused = self.runs.fused("loss", self.runs.leaves)
         except Exception as error:
             checks = [Check("run", "WRONG", 1, math.nan, (f"only the fused model raises {in_words(error)}",))]
-            with contextlib.suppress(Exception):
-                self.explain()
+            self.explain()  # as far as can be
         else:
             self.explain()
             rows = list(self.rows("loss", fused, plain))
             if not rows:
                 self.failures.append("There is no output of floating-point numbers to compare.")
-            if any(value is not None for name, value in plain.results.items() if _is_gradient(name)):
+            if any(value is not None for name, value in plain.results.items() if is_gradient(name)):
                 checks = list(self.checks())
             else:
                 self.notes.append(
                     "No output depends on anything that requires grad: no gradients to compare."
                 )
-        unknown = "unknown" in _verdicts(rows, checks)
+        unknown = "unknown" in verdicts(rows, checks)
         (self.failures if unknown else self.notes).extend(dict.fromkeys(self.runs.exact_problems.values()))
         return Verification(
             tuple(rows), tuple(checks), tuple(self.failures), tuple(self.notes), self.explanation
@@ -177,7 +110,10 @@ class _Verifier:
 
     def explain(self) -> None:
         args, kwargs = self.runs.arguments()
-        self.explanation = explain(self.runs.model, *args, **kwargs)
+        try:
+            self.explanation = explain(self.runs.model, *args, **kwargs)
+        except Exception:  # most likely as the fused run did
+            return
         on_kernels = {row.dtype for row in self.explanation.rows if row.reason is None}
         if "bfloat16" in on_kernels and _dispatch.kernels().interpreting():
             self.factor, self.floor = 4.0, torch.finfo(torch.bfloat16).eps
@@ -197,7 +133,11 @@ class _Verifier:
         for name in dict.fromkeys((*plain.results, *fused.results)):
             ours, torchs = fused.results.get(name), plain.results.get(name)
             if ours is not None and torchs is not None:
-                yield self.row(ask, name, ours, torchs, exact.get(name))
+                try:
+                    yield self.row(ask, name, ours, torchs, exact.get(name))
+                except Exception as error:  # on tensors of kinds that have no errors to measure
+                    problem = f"it cannot be compared: {in_words(error)}"
+                    yield Row(name, math.nan, math.nan, math.nan, "unknown", problem)
             elif ours is not None:
                 yield _wrong(name, "there is one, and PyTorch has none")
             elif torchs is not None:
@@ -260,7 +200,7 @@ class _Verifier:
     def check(self, name: str, ask: Ask, settings: list[frozenset[str]]) -> Check:
         problems: list[str] = []
         skipped: list[str] = []
-        verdicts: set[Verdict] = set()
+        found: set[Verdict] = set()
         ratios: list[float] = []
         runs = 0
         for needs in settings:
@@ -277,15 +217,15 @@ class _Verifier:
                 if self.compiled and "compile" in str(error):
                     skipped.append(f"{where}{in_words(error)}")  # its own limits are none of ours
                     continue
-                verdicts.add("WRONG")
+                found.add("WRONG")
                 problems.append(f"{where}only the fused model raises {in_words(error)}")
                 continue
             for row in self.rows(ask, fused, plain):
-                verdicts.add(row.verdict)
+                found.add(row.verdict)
                 ratios += [row.ratio] if not math.isnan(row.ratio) else []
                 if row.problem is not None:
                     problems.append(f"{where}{row.name}: {row.problem}")
-        verdict: Verdict = next((v for v in _WORST_FIRST if v in verdicts), "skipped")
+        verdict: Verdict = next((v for v in _WORST_FIRST if v in found), "skipped")
         return Check(name, verdict, runs, max(ratios, default=math.nan), (*problems, *skipped))
 
 
@@ -323,83 +263,9 @@ def _setting(needs: frozenset[str], leaves: list[str]) -> str:
     return f"all but {', '.join(leaf for leaf in leaves if leaf in needs)} frozen"
 
 
-def _verdicts(rows: Iterable[Row], checks: Iterable[Check]) -> set[Verdict]:
-    return {row.verdict for row in rows} | {check.verdict for check in checks}
-
-
-def _is_gradient(name: str) -> bool:
-    return name.startswith("gradient of ")
-
-
 def _wrong(name: str, problem: str) -> Row:
     return Row(name, math.nan, math.nan, math.inf, "WRONG", problem)
 
 
 def _ratio(error: float, torchs_error: float) -> float:
     return error / torchs_error if torchs_error else 1.0 if error == 0 else math.inf
-
-
-def _where(explanation: Explanation | None) -> str:
-    """On what the layers ran."""
-    if explanation is None:
-        return "the fused model did not run."
-    counts: dict[str | None, list[int]] = {}
-    for row in explanation.rows:
-        count = counts.setdefault(row.reason, [0, 0])
-        count[0] += len(row.layers)
-        count[1] += 1
-    parts = []
-    for reason, (layers, stretches) in counts.items():
-        many = f"{layers} layer{'s'[: layers != 1]} in {stretches} stretch{'es' if stretches != 1 else ''}"
-        if reason is None:
-            slow = ", in Triton's interpreter" if _dispatch.kernels().interpreting() else ""
-            parts.append(f"{many} on the Triton kernels{slow}")
-        else:
-            parts.append(f"{many} on PyTorch's operators: {reason}")
-    if explanation.compiled:
-        parts.append("what torch.compile traced as its own code")
-    if not parts:
-        parts.append("no fused layer ran")
-    if explanation.layers_not_fused:
-        count_plain = len(explanation.layers_not_fused)
-        parts.append(f"{count_plain} plain torch.nn.Linear, which fusedmlp.fuse(model) changes")
-    return "; ".join(parts) + "."
-
-
-def _table(rows: tuple[Row, ...]) -> Iterator[str]:
-    yield f"{'':44}{'error':>9}{'PyTorch':>9}{'ratio':>8}  verdict"
-    groups: dict[str, list[Row]] = collections.defaultdict(list)
-    for row in rows:  # in a long table those that are right and differ in numbers in their names only are one
-        alike = len(rows) > _MOST_LINES and row.verdict == "right"
-        groups[re.sub(r"\d+", "*", row.name) if alike else row.name].append(row)
-    before = False
-    for name, group in groups.items():
-        if _is_gradient(name) and not before:
-            yield "gradient of"
-        before = _is_gradient(name)
-        many = f", worst of {len(group)}" if len(group) > 1 else ""
-        name = "  " + name.removeprefix("gradient of ") if before else name
-        room = 44 - len(many)
-        name = name if len(name) <= room else name[:5] + "..." + name[8 - room :]
-        worst = max(group, key=lambda row: row.ratio)
-        yield (
-            f"{name + many:44}{_number(worst.error, '.1e'):>9}{_number(worst.torchs_error, '.1e'):>9}"
-            f"{_number(worst.ratio, '.2f'):>8}  {worst.verdict}"
-        )
-        if worst.problem is not None:
-            yield _paragraph(worst.problem, "      ")
-
-
-def _lines_of_check(check: Check) -> list[str]:
-    name = check.name + (f", {check.runs} combinations" if check.runs > 1 else "")
-    lines = [f"{name:62}{_number(check.ratio, '.2f'):>8}  {check.verdict}"]
-    lines += [_paragraph(problem, "    ") for problem in check.problems[:3]]
-    return lines + ([f"    and {len(check.problems) - 3} more"] if len(check.problems) > 3 else [])
-
-
-def _number(number: float, form: str) -> str:
-    return "-" if math.isnan(number) else format(number, form if number < 1000 else ".1e")
-
-
-def _paragraph(text: str, start: str = "") -> str:
-    return textwrap.fill(text, _WIDTH, initial_indent=start, subsequent_indent=start, break_on_hyphens=False)

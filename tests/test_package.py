@@ -126,7 +126,8 @@ def test_public_names_and_version() -> None:
 BELOW = {
     "__init__": {"_dispatch", "_explain", "_verify", "_version", "convert", "functional", "nn"},
     "__main__": {"_dispatch", "functional", "nn"},
-    "_verify": {"_dispatch", "_explain", "_measure", "_runs"},
+    "_verify": {"_dispatch", "_explain", "_measure", "_runs", "_verification"},
+    "_verification": {"_dispatch", "_explain"},
     "_runs": {"_deferred", "_dispatch", "_restore", "_twin", "nn"},
     "_explain": {"_deferred", "_dispatch", "_restore", "nn"},
     "convert": {"_deferred", "_pairs", "nn"},

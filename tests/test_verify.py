@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedmlp
 from fusedmlp import _autograd, _dispatch, _reference, _verify, nn
-from fusedmlp._verify import Verification, verify
+from fusedmlp._verification import Verification
+from fusedmlp._verify import verify
 
 ROOT = pathlib.Path(__file__).parents[1]
 CHECKS = [
@@ -120,6 +121,10 @@ RIGHT = {
         lambda: tnn.Sequential(tnn.LazyLinear(4), tnn.LazyBatchNorm1d(), nn.LinearReLU(4, 3))
     ),
     "written-to input": Case(lambda: Holder(lambda self, x: self.fc(x.mul_(2)), fc=nn.LinearReLU(5, 3))),
+    "sparse gradients": Case(
+        lambda: tnn.Sequential(tnn.Embedding(7, 5, sparse=True), nn.LinearReLU(5, 3)),
+        lambda: torch.randint(7, (2, 3)),
+    ),
     "checkpoint": Case(
         lambda: Holder(lambda self, x: checkpoint(self.fc, x, use_reentrant=False), fc=nn.LinearReLU(5, 3))
     ),
@@ -205,7 +210,9 @@ def test_right(name: str, route: Route, device: torch.device) -> None:
         assert row.torchs_error < 1e-4 or "16" in name or "BatchNorm" in name or "lazy" in name, row
     wanted = {f"gradient of {key}" for key, p in model.named_parameters() if p.requires_grad}
     wanted |= {"gradient of x" + {"nested output, keywords": "['x']", "a loss": "[0]"}.get(name, "")}
-    wanted -= {"gradient of x"} if name in ("whole numbers", "written-to input") else set()
+    wanted -= (
+        {"gradient of x"} if name in ("whole numbers", "sparse gradients", "written-to input") else set()
+    )
     assert {row.name for row in result.rows if row.name.startswith("gradient")} == wanted
     if not route.kernels:
         assert all(row.ratio == 1 for row in result.rows), shown(result)
@@ -408,10 +415,12 @@ def test_an_error_of_the_fused_model_is_a_result(
     assert shown(result).startswith("WRONG: 2 layers in 1 stretch on the Triton kernels")
     result = verified(model.double(), x.double())
     assert "backend('triton') is in force, but there are kernels for float32" in str(result.checks)
-    assert shown(result).startswith("WRONG: the fused model did not run.")
+    assert shown(result).startswith("WRONG: on what the fused layers run is not known.")
 
-    def interrupted(*args: Any) -> None:
-        raise KeyboardInterrupt
+    def interrupted(*args: Any) -> Any:
+        if not all(args[6]) and not explaining():  # in the middle of it, as part of the model is frozen
+            raise KeyboardInterrupt
+        return _reference.mlp_backward(*args)
 
     monkeypatch.setattr(_dispatch.kernels(), "mlp_backward", interrupted)
     state = State(model.float(), x)
@@ -527,7 +536,7 @@ def test_a_gradient_that_jumps_is_no_error(monkeypatch: pytest.MonkeyPatch) -> N
             result = verify(model, x, verbose=False)
             differ, wanted = differ + 1, wanted + bool(looks)
             assert result, f"{seed}: {result}"
-    assert differ > wanted > 1  # PyTorch is on the wrong side at times, and then ours is right at once
+    assert differ >= wanted > 1  # PyTorch is on the wrong side at times, and then ours is right at once
 
 
 # --- float64 ---
@@ -606,6 +615,8 @@ def test_modes_of_the_caller(capsys: pytest.CaptureFixture[str]) -> None:
         result = verify(nn.MLP(5, [4], 3), torch.randn(6, 5), verbose=False)
     assert result
     assert [row.name for row in result.rows] == ["output"]
+    with torch.device("meta"):  # what is made here without a word about where is made there
+        assert verify(model, x, verbose=False)
     with fusedmlp.backend("torch"):
         assert "backend('torch') is in force" in " ".join(shown(verify(model, x, verbose=False)).split())
 
@@ -621,6 +632,9 @@ def test_without_gradients_or_outputs() -> None:
     assert not result
     assert "There is no output of floating-point numbers to compare." in result.failures
     shown(result)
+    result = verify(nn.MLP(5, [4], 3, device="meta"), torch.empty(6, 5, device="meta"), verbose=False)
+    assert result.failures == ("On the meta device there are no numbers to compare.",)
+    assert not result
 
 
 def test_compiled_and_distributed(tmp_path: pathlib.Path) -> None:
@@ -716,6 +730,16 @@ def test_hooks_and_optimizers_in_backward_do_not_step() -> None:
     assert set(calls) == {"forward"}
     model(x).sum().backward()
     assert len(calls) > calls.count("forward")
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy_modules_become_what_they_shall_be() -> None:
+    model = tnn.Sequential(tnn.LazyLinear(4), tnn.LazyBatchNorm1d(), nn.LinearReLU(4, 2))
+    result = verify(model, torch.randn(3, 5), verbose=False)
+    assert result
+    assert "1 plain torch.nn.Linear, which fusedmlp.fuse(model) changes" in " ".join(shown(result).split())
+    assert type(model[0]) is tnn.Linear
+    assert model[1].num_batches_tracked == 0
 
 
 def test_how_much_is_frozen() -> None:
