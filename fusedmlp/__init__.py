@@ -12,6 +12,7 @@ if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
 from fusedmlp import convert, functional, nn
 from fusedmlp._dispatch import backend
 from fusedmlp._explain import explain
+from fusedmlp._verify import verify
 from fusedmlp._version import __version__
 from fusedmlp.convert import fuse, unfuse
 from fusedmlp.nn import MLP, Linear, LinearReLU, Sequential
@@ -29,4 +30,5 @@ __all__ = [
     "fuse",
     "nn",
     "unfuse",
+    "verify",
 ]

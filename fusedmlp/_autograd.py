@@ -123,7 +123,12 @@ def fused_mlp(
     ):
         y = FusedMLP.apply(rows, final_relu, len(weights), *weights, *biases)
     else:
-        operators: ModuleType = _ops if torch.compiler.is_compiling() else _dispatch.kernels()
-        (y,) = operators.mlp_forward(rows, weights, biases, final_relu, keep=len(weights) - 1)
+        if torch.compiler.is_compiling():
+            launch = _ops.mlp_forward
+        else:
+            launch = _dispatch.kernels().mlp_forward
+            if torch._C._autograd._profiler_enabled():  # which autograd tells the Function's name
+                launch = torch.autograd.profiler.record_function("FusedMLP")(launch)
+        (y,) = launch(rows, weights, biases, final_relu, keep=len(weights) - 1)
     # Not a view, as eager's result is none: one made under no_grad could not be modified in place later.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weights[-1].shape[0]))

@@ -197,10 +197,10 @@ def _why_impossible(
     dtype = dtype_after_cast(x.dtype, autocast)
     if dtype not in _DTYPES:
         return f"there are kernels for float32, float16 and bfloat16, not for {dtype}"
-    for group in (weights, biases):
+    for optional, group in ((False, weights), (True, biases)):
         for tensor in group:
             if tensor is None:
-                if group is weights:
+                if not optional:
                     return "a weight is None"
                 continue
             if type(tensor) not in _PLAIN:

@@ -1,7 +1,6 @@
 """Which Linear of a module's own forward is followed by ReLU: torch.fx runs it, and it is only read."""
 
 import contextlib
-import copy
 import inspect
 import io
 import logging
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fusedmlp._deferred import observed, which_relu
+from fusedmlp._twin import twin
 
 # A branch on a value that is unknown is taken both ways, up to so many ways through one forward, ...
 _MOST_PATHS = 8
@@ -241,31 +241,15 @@ class _Twin:
     the module's memory, for _OnCopies to protect."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        memo: dict[int, Any] = {}
         self.shared: set[int] = set()
-        tensors: list[Any] = [*module.parameters(), *module.buffers()]
-        for one in module.modules():
-            if isinstance(one, torch.jit.ScriptModule):
-                memo[id(one)] = one  # a step, whatever is in it, and a copy would copy its memory
-            else:
-                tensors += tree_leaves(list(one.__dict__.values()))
-        for tensor in tensors:
-            if type(tensor) in (torch.Tensor, torch.nn.Parameter) and id(tensor) not in memo:
-                memo[id(tensor)] = _alias(tensor)
-                self.shared.add(_memory(tensor))
-        self.module = copy.deepcopy(module, memo)
+
+        def same_memory(data: torch.Tensor) -> torch.Tensor:
+            self.shared.add(_memory(data))
+            return data
+
+        self.module, memo = twin(module, same_memory)
         # For what is asked of a module: a copy may leave out that it is compiled, for one.
         self.originals = {memo.get(id(one), one): one for one in module.modules()}
-
-
-def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    alias = tensor.data
-    if type(tensor) is torch.nn.Parameter:
-        alias = torch.nn.Parameter(alias, tensor.requires_grad)
-    else:
-        alias.requires_grad_(tensor.requires_grad)
-    alias.__dict__.update(tensor.__dict__)
-    return alias
 
 
 class _OnCopies(TorchDispatchMode):

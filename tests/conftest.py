@@ -15,7 +15,7 @@ if HAS_TRITON and not torch.cuda.is_available():
 torch.set_num_threads(1)  # pytest-xdist uses the cores; and sums in one order
 
 
-pytest_plugins = ["compatibility"]
+pytest_plugins = ["compatibility", "networks"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

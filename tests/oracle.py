@@ -1,6 +1,8 @@
-"""The suite's one measure of right: the error against float64, in units of PyTorch's own error."""
+"""The suite's one measure of right, the package's: the error against float64, in units of PyTorch's own."""
 
 import torch
+
+from fusedmlp import _measure
 
 
 def assert_right(
@@ -8,27 +10,14 @@ def assert_right(
     torchs: torch.Tensor,
     exact: torch.Tensor,
     what: str = "",
-    factor: float = 2.0,
-    floor: float = 2 * torch.finfo(torch.float32).eps,
+    factor: float = _measure.FACTOR,
+    floor: float = _measure.FLOOR,
 ) -> None:
-    """ours errs at most twice as much as PyTorch's result of the same dtype, in maximum and in RMS.
-
-    One small floor is added, two units of float32 in the last place of the largest value, for PyTorch is at
-    times exactly right. Infinities and NaN must be the same as PyTorch's.
-    """
+    """ours errs at most twice as much as PyTorch's result of the same dtype, as _measure.compare says."""
     assert ours.dtype == torchs.dtype, what
     assert ours.shape == exact.shape, what
-    finite = torchs.isfinite()
-    assert torch.equal(ours.isnan(), torchs.isnan()), f"{what}: NaN in other places than PyTorch's"
-    assert torch.equal(ours[~finite].nan_to_num(), torchs[~finite].nan_to_num()), f"{what}: other infinities"
-    if not finite.any():
-        return
-    exact = exact.double()[finite]
-    error, torchs_error = (ours[finite].double() - exact).abs(), (torchs[finite].double() - exact).abs()
-    for name, of in (("maximum", torch.max), ("RMS", lambda t: t.square().mean().sqrt())):
-        got, its = of(error).item(), of(torchs_error).item()
-        most = factor * its + floor * exact.abs().max().item()
-        assert got <= most, f"{what}: {name} error {got:.3g}, PyTorch's own {its:.3g}, allowed {most:.3g}"
+    problem = _measure.compare(ours, torchs, exact, factor, floor).problem
+    assert problem is None, f"{what}: {problem}"
 
 
 def surrounded(t: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ import sys
 import zipfile
 
 import pytest
-import torch
 
 import fusedmlp
 
@@ -122,42 +121,16 @@ def test_public_names_and_version() -> None:
     assert fusedmlp.__version__ == importlib.metadata.version("fusedmlp")
 
 
-def test_the_command_line_says_what_is_here_and_checks_itself() -> None:
-    command = [sys.executable, "-m", "fusedmlp", "--mlp", "20", "10", "3", "--batch", "5"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert f"fusedmlp {fusedmlp.__version__}, torch {torch.__version__}" in run.stdout
-    assert "times PyTorch's own: right" in run.stdout
-    assert "5 rows, 20 -> 10 -> 3, ReLU between, float32 on" in run.stdout
-    assert "why" in run.stdout
-    assert max(map(len, run.stdout.splitlines())) <= 160
-    for arguments, message in (
-        (["--mlp", "7"], "--mlp takes two widths or more"),
-        (["--device", "toaster"], "--device toaster cannot be used"),
-        (["--device", "meta"], "--device meta cannot be used"),
-    ):
-        refused = subprocess.run([*command[:3], *arguments], cwd=ROOT, capture_output=True, text=True)
-        assert refused.returncode == 2
-        assert message in refused.stderr
-
-
-def test_the_self_check_notices_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusedmlp import __main__, _reference
-
-    device = torch.device("cpu")
-    assert __main__.worst_error(device, torch.float32, "torch") <= 1
-    monkeypatch.setattr(_reference, "linear_forward", lambda x, w, b, relu: (x @ w.t() + b) * float("nan"))
-    assert not __main__.worst_error(device, torch.float32, "auto") <= 2
-
-
 # Each room imports only rooms below it, as in
 # convert -> nn -> functional -> _autograd -> _dispatch -> {_reference, kernels}
 BELOW = {
-    "__init__": {"_dispatch", "_explain", "_version", "convert", "functional", "nn"},
+    "__init__": {"_dispatch", "_explain", "_verify", "_version", "convert", "functional", "nn"},
     "__main__": {"_dispatch", "functional", "nn"},
-    "_explain": {"_deferred", "_dispatch", "nn"},
+    "_verify": {"_dispatch", "_explain", "_measure", "_runs"},
+    "_runs": {"_deferred", "_dispatch", "_restore", "_twin", "nn"},
+    "_explain": {"_deferred", "_dispatch", "_restore", "nn"},
     "convert": {"_deferred", "_pairs", "nn"},
-    "_pairs": {"_deferred"},
+    "_pairs": {"_deferred", "_twin"},
     "_deferred": {"_dispatch", "functional", "nn"},
     "nn": {"_dispatch", "functional"},
     "functional": {"_autograd", "_dispatch", "_reference"},
@@ -165,6 +138,9 @@ BELOW = {
     "_ops": {"_dispatch", "_reference"},
     "_dispatch": {"_reference"},
     "_reference": set(),
+    "_restore": set(),
+    "_twin": set(),
+    "_measure": set(),
     "_version": set(),
 }
 
