@@ -7,6 +7,7 @@ and, as far as can be, on the kernels; ``pytest --compatibility FILE`` writes th
 import collections
 import contextlib
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -94,6 +95,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--compatibility", metavar="FILE", help="write the table of capabilities to this file")
 
 
+def _short(reason: str) -> str:
+    """Without the shapes and dtypes of one case."""
+    reason = re.sub(r"^the shapes do not fit: .*", "the shapes do not fit", reason)
+    reason = re.sub(r"weights\[\d+\]", "weight", re.sub(r"biases\[\d+\]", "bias", reason))
+    return re.sub(r"^(weight|bias) is torch\.\w+, x torch\.\w+$", r"\1 and x differ in dtype", reason)
+
+
 class _Result:
     """What became of all tests of one capability on one route."""
 
@@ -110,7 +118,7 @@ class _Result:
             return "**fails**"
         if self.unsupported:
             return f"not supported: {'; '.join(sorted(set(self.unsupported)))}"
-        reasons = sorted({reason for reason in self.reasons if reason is not None})  # workers have no order
+        reasons = sorted({_short(reason) for reason in self.reasons if reason is not None})
         if None in self.reasons:
             return "works fused" + (f"; in part PyTorch's own path: {'; '.join(reasons)}" if reasons else "")
         return f"PyTorch's own path: {'; '.join(reasons)}" if reasons else "works; no layer runs"
