@@ -1,11 +1,12 @@
 """The autograd.Function of the fused chain: what is saved, when and why."""
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from fusedmlp import _dispatch, _reference
+from fusedmlp import _dispatch, _ops, _reference
 
 
 class FusedMLP(torch.autograd.Function):
@@ -26,7 +27,9 @@ class FusedMLP(torch.autograd.Function):
             lowest += 1
         # A hidden layer's output tells where its ReLU was active and is the next layer's input, both at
         # once. Layers below the lowest that needs a gradient leave nothing behind.
-        ys: list[torch.Tensor] = _dispatch.kernels().mlp_forward(
+        compiling = torch.compiler.is_compiling()
+        operators: ModuleType = _ops if compiling else _dispatch.kernels()
+        ys: list[torch.Tensor] = operators.mlp_forward(
             x, weights, biases, final_relu, keep=max(0, lowest - 1)
         )
         activations: list[torch.Tensor | None] = [None] * lowest + ([x, *ys] if lowest == 0 else ys)
@@ -40,7 +43,7 @@ class FusedMLP(torch.autograd.Function):
         # What only create_graph=True wants, to compute the hidden layers anew: inputs of this function, whose
         # change in place nn.Linear allows, so they are not saved but looked at when it comes to that.
         ctx.only_for_create_graph = []
-        if any(need_weights[lowest + 1 :]):
+        if lowest < count - 1 and not compiling:  # which knows no create_graph
             rest = (None if need_weights[lowest] else start, weights[lowest], *biases[lowest:-1])
             ctx.only_for_create_graph = [_remembered(t) for t in rest]
         ctx.settings = final_relu, lowest, need_x, need_weights, need_biases
@@ -52,13 +55,14 @@ class FusedMLP(torch.autograd.Function):
         count = len(need_weights)
         saved = list(ctx.saved_tensors)  # once: checkpointing recomputes them at each look
         activations, weights = saved[: count + 1], saved[count + 1 :]
-        operators = _dispatch.backward_operators(grad_output)
-        if torch.is_grad_enabled() and ctx.only_for_create_graph:
+        compiling = torch.compiler.is_compiling()
+        operators = _ops if compiling else _dispatch.backward_operators(grad_output)
+        if not compiling and torch.is_grad_enabled() and ctx.only_for_create_graph:
             _recompute(ctx.only_for_create_graph, lowest, activations, weights)
         grad_x, grad_weights, grad_biases = operators.mlp_backward(
             grad_output, activations, weights, final_relu, lowest, need_x, need_weights, need_biases
         )
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not compiling and not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.only_for_create_graph = []  # as autograd lets go of what was saved
         return grad_x, None, None, *grad_weights, *grad_biases
 
@@ -119,6 +123,12 @@ def fused_mlp(
     ):
         y = FusedMLP.apply(rows, final_relu, len(weights), *weights, *biases)
     else:
-        (y,) = _dispatch.kernels().mlp_forward(rows, weights, biases, final_relu, keep=len(weights) - 1)
+        if torch.compiler.is_compiling():
+            launch = _ops.mlp_forward
+        else:
+            launch = _dispatch.kernels().mlp_forward
+            if torch._C._autograd._profiler_enabled():  # which autograd tells the Function's name
+                launch = torch.autograd.profiler.record_function("FusedMLP")(launch)
+        (y,) = launch(rows, weights, biases, final_relu, keep=len(weights) - 1)
     # Not a view, as eager's result is none: one made under no_grad could not be modified in place later.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weights[-1].shape[0]))

@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map_only
 
 from fusedmlp import functional, nn
-from fusedmlp._dispatch import Run, forced, quiet, record, surely_unfused
+from fusedmlp._dispatch import forced, quiet, record, surely_unfused
 
 _MODULE_CALL = torch.nn.Module.__call__
 _RELU = (torch.relu, torch.Tensor.relu)
@@ -49,7 +49,8 @@ def which_relu(function: Any, rest: Sequence[Any], keywords: Mapping[str, Any]) 
 
 def observed(module: torch.nn.Module) -> str | None:
     """Why a call of this module is not just its class's own forward, or None if it is."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    # A lazy module that has not been called yet has one of its own.
+    if module._forward_hooks or len(module._forward_pre_hooks) > ("_initialize_hook" in module.__dict__):
         return "it has hooks"
     if module._backward_hooks or module._backward_pre_hooks:
         return "it has backward hooks"
@@ -76,10 +77,14 @@ class LinearBeforeReLU(nn.Linear):
     the result to ReLU, and turns into the ordinary output when anything else is asked of it.
     """
 
+    @nn._scripted_as(nn._plain_linear)
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
         if surely_unfused(input):
             return functional.linear(input, weight, bias)
+        if torch.compiler.is_compiling():
+            # A compiler sees the ReLU too, and could not look into a tensor that waits for it.
+            return (functional.linear if forced() else F.linear)(input, weight, bias)
         reason = (
             functional.why_not_fused(input, weight, bias)
             or _who_watches(self)
@@ -87,11 +92,15 @@ class LinearBeforeReLU(nn.Linear):
         )
         if reason is None:
             return _Deferred.of(input, weight, bias)
-        if quiet() or forced() or torch.compiler.is_compiling():
+        if quiet() or forced():
             return functional.linear(input, weight, bias)
         # Who records is told of the pair: functional.linear would say that there is no ReLU.
-        record(Run(input, [weight], [bias], True, reason))
-        return F.linear(input, weight, bias)
+        record(input, [weight], [bias], True, reason)
+        try:
+            return F.linear(input, weight, bias)
+        except RuntimeError as error:
+            functional._raise_clearer(error, input, weight, bias)
+            raise
 
     def _why_not_wait(self, *tensors: torch.Tensor | None) -> str | None:
         if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors if t is not None):
@@ -102,10 +111,6 @@ class LinearBeforeReLU(nn.Linear):
     def _get_name(self) -> str:
         return "Linear"
 
-    def __prepare_scriptable__(self) -> torch.nn.Module:
-        """What ``torch.jit.script`` compiles: torch's Linear of the same parameters."""
-        return nn._as_plain(self, torch.nn.Linear)
-
 
 class LinearBeforeClamp(LinearBeforeReLU):
     """The same before ``clamp_min(0)``, whose gradient is not quite ReLU's: it waits only without one."""
@@ -114,6 +119,19 @@ class LinearBeforeClamp(LinearBeforeReLU):
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None):
             return "the gradient of clamp_min(0) is not quite ReLU's"
         return super()._why_not_wait(*tensors)
+
+
+class LazyLinearBeforeReLU(nn.LazyLinear):
+    """A lazy one: what it is before its first call, which runs as ``nn.Linear``'s does."""
+
+    cls_to_become = LinearBeforeReLU
+
+    def _get_name(self) -> str:
+        return "LazyLinear"
+
+
+class LazyLinearBeforeClamp(LazyLinearBeforeReLU):
+    cls_to_become = LinearBeforeClamp
 
 
 class _Deferred(torch.Tensor):

@@ -48,9 +48,10 @@ class Run(NamedTuple):
 class _Chosen(threading.local):
     """What holds in this thread. torch.compile cannot trace a ContextVar in torch 2.11."""
 
-    backend: Backend = "auto"
-    note: Callable[[Run], None] | None = None  # who is told of every stretch
-    quiet: bool = True  # neither forced nor recorded: what a call on the CPU looks at
+    def __init__(self) -> None:  # in every thread; with defaults in the class torch 2.11 would trace those
+        self.backend: Backend = "auto"
+        self.note: Callable[[Run], None] | None = None  # who is told of every stretch
+        self.quiet = True  # neither forced nor recorded: what a call on the CPU looks at
 
 
 _chosen = _Chosen()
@@ -70,8 +71,9 @@ def backend(name: Backend) -> Iterator[None]:
     - ``"torch"``: PyTorch's operators.
 
     The backward of a layer runs on what its forward ran on. Activation checkpointing runs the forward again
-    during the backward, on a GPU in another thread: give it this context by its ``context_fn``. Code under
-    ``torch.compile`` is the compiler's, whatever is chosen here. Raises ValueError for any other name.
+    during the backward, on a GPU in another thread: give it this context by its ``context_fn``. Under
+    ``torch.compile`` the kernels are operators in the compiler's graph, and PyTorch's operators are the
+    compiler's to fuse. Raises ValueError for any other name.
 
     >>> with fusedmlp.backend("torch"):
     ...     y = model(x)
@@ -97,9 +99,16 @@ def recorded(note: Callable[[Run], None]) -> Iterator[None]:
         _choose(_chosen.backend, before)
 
 
-def record(run: Run) -> None:
+def record(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    final_relu: bool,
+    reason: str | None,
+) -> None:
+    """Tell who listens, if there is somebody."""
     if _chosen.note is not None:
-        _chosen.note(run)
+        _chosen.note(Run(x, weights, biases, final_relu, reason))
 
 
 def forced() -> bool:
@@ -115,6 +124,15 @@ def quiet() -> bool:
 def surely_unfused(x: torch.Tensor) -> bool:
     """A quick sign that why_not_fused has a reason, for who needs no words: on a CPU every call counts."""
     return type(x) is torch.Tensor and x.is_cpu and _chosen.quiet
+
+
+def left_to_compiler(x: torch.Tensor) -> bool:
+    """Whether a compiler that is tracing shall see the modules one by one: nothing here will be fused."""
+    return torch.compiler.is_compiling() and (_exporting() or surely_unfused(x))
+
+
+def _exporting() -> bool:
+    return bool(torch.compiler._is_exporting_flag)  # is_exporting() is always true while torch 2.11 compiles
 
 
 def why_not_fused(
@@ -144,19 +162,20 @@ def why_not_fused_mlp(
     >>> fusedmlp.functional.why_not_fused_mlp(torch.randn(8, 4), layers, [None, None])
     "x is on the cpu, and the kernels run on CUDA devices"
     """
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing, and fuses PyTorch's own operators itself"
     name = _chosen.backend
     if name == "torch":
         return "backend('torch') is in force"
-    reason = _why_impossible(x, weights, biases)
+    reason = _why_impossible(x, weights, biases, torch.compiler.is_compiling())
     if reason is None and name == "auto":
         reason = _why_not_worth_it(x, weights, final_relu)
     return reason
 
 
 def _why_impossible(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    compiling: bool,
 ) -> str | None:
     # What every call on a CPU meets comes first, what costs most comes last.
     # torch.set_default_device() and `with torch.device(...)` are such a mode too, and change nothing here.
@@ -167,17 +186,21 @@ def _why_impossible(
         return "a TorchFunctionMode is active, and sees PyTorch's own functions only"
     if type(x) not in _PLAIN:
         return f"x is a {type(x).__name__}, not a plain torch.Tensor"
-    device, dtype = x.device, x.dtype
+    device = x.device
     if not x.is_cuda and not _interpreted(x):
         return f"x is on the {device.type}, and the kernels run on CUDA devices"
+    if compiling and _exporting():
+        return "torch.export is tracing, and what it exports is to run without this package"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
+    autocast = autocast_dtype(device.type)
+    dtype = dtype_after_cast(x.dtype, autocast)
     if dtype not in _DTYPES:
         return f"there are kernels for float32, float16 and bfloat16, not for {dtype}"
-    for group in (weights, biases):
+    for optional, group in ((False, weights), (True, biases)):
         for tensor in group:
             if tensor is None:
-                if group is weights:
+                if not optional:
                     return "a weight is None"
                 continue
             if type(tensor) not in _PLAIN:
@@ -185,11 +208,14 @@ def _why_impossible(
                 return f"{what} is a {type(tensor).__name__}, not a plain torch.Tensor"
             if tensor.device != device:
                 return f"{_name(tensor, weights, biases)} is on {tensor.device}, x on {device}"
-            if tensor.dtype is not dtype:
+            if tensor.dtype is not dtype and dtype_after_cast(tensor.dtype, autocast) is not dtype:
                 return f"{_name(tensor, weights, biases)} is {tensor.dtype}, x {dtype}"
-            if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_neg():
-                return _NOT_PLAIN_MEMORY  # inline: a chain has many tensors, and none of them is complex
-    if not _is_plain_memory(x):
+            # Inline: a chain has many tensors, and none of them is complex.
+            if tensor.layout is not torch.strided or (
+                not compiling and (tensor.is_nested or tensor.is_neg())
+            ):
+                return _NOT_PLAIN_MEMORY
+    if not _is_plain_memory(x, compiling):
         return _NOT_PLAIN_MEMORY
     before, columns = x, x.shape[-1] if x.dim() else None
     for weight, bias in zip(weights, biases, strict=True):
@@ -208,21 +234,30 @@ def _why_impossible(
         before, columns = weight, shape[0]
     if x.shape[:-1].numel() > _LARGEST:
         return f"a dimension is over {_LARGEST}"
-    if not has_triton():
-        return "Triton is not installed"
-    if torch.version.hip is not None:
-        return "the kernels are made for NVIDIA GPUs"
-    if x.is_cuda and _capability(x.device.index) < (8, 0):
-        return f"compute capability {_capability(x.device.index)} is below 8.0"
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast is on, and chooses the dtype operator by operator"
-    if torch._C._are_functorch_transforms_active():
+    if (reason := _why_not_here(device.type, device.index)) is not None:
+        return reason
+    if _transformed():
         return "a torch.func transform (vmap, grad, jvp, ...) is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if not compiling and torch._C._len_torch_dispatch_stack() > 0:
         return "a TorchDispatchMode is active, and sees PyTorch's own operators only"
     return None
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype to which autocast casts what goes into a product, or None where it is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def dtype_after_cast(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    """What a tensor of this dtype becomes: autocast leaves float64 and what is not a float as it is."""
+    return autocast if autocast is not None and dtype in _DTYPES else dtype
+
+
+def cast(tensor: torch.Tensor, autocast: torch.dtype | None) -> torch.Tensor:
+    """What autocast makes of an input of ``linear``."""
+    return tensor.to(dtype_after_cast(tensor.dtype, autocast))
 
 
 def _name(
@@ -245,15 +280,17 @@ def _why_not_worth_it(x: torch.Tensor, weights: Sequence[torch.Tensor], final_re
     products = sum(weight.numel() for weight in weights)
     flops = 2 * x.shape[:-1].numel() * products
     if flops < _LEAST_FLOPS * count:
-        much = f"{flops / 1e9:.2g} GFLOP" + (f" in {count} layers" if count > 1 else "")
+        much = "this"
+        if not torch.compiler.is_compiling():  # which has no number where the batch is any
+            much = f"{flops / 1e9:.2g} GFLOP" + (f" in {count} layers" if count > 1 else "")
         return f"{much} is too little to pay for launching kernels from Python"
-    if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+    if dtype_after_cast(x.dtype, autocast_dtype(x.device.type)) is torch.float32 and _ieee_float32():
         return "IEEE float32 is limited by arithmetic, where cuBLAS is trusted to be faster"
     if products / sum(N + K for N, K in (weight.shape for weight in weights)) > _MOST_INTENSITY:
         widths = " to ".join(map(str, [weights[0].shape[1], *(weight.shape[0] for weight in weights)]))
         what = "a layer" if count == 1 else "a chain"
         return f"{what} of {widths} is limited by arithmetic, where cuBLAS is trusted to be faster"
-    if kernels().interpreting():
+    if not x.is_cuda:
         return "TRITON_INTERPRET is set, and Triton's interpreter runs only under backend('triton')"
     return None
 
@@ -262,14 +299,13 @@ def backward_operators(grad_output: torch.Tensor) -> ModuleType:
     """The room whose mlp_backward is right for a chain whose forward was fused.
 
     With grad mode on (``create_graph=True``), under vmap (``is_grads_batched=True``), forward-mode
-    differentiation or a compiler, and for a gradient that is not plain memory, only PyTorch's own operators
-    are right.
+    differentiation or a mode, and for a gradient that is not plain memory, only PyTorch's own operators are
+    right.
     """
     if (
         torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
         or type(grad_output) not in _PLAIN
-        or not _is_plain_memory(grad_output)
+        or not _is_plain_memory(grad_output, False)
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(grad_output)
@@ -282,13 +318,13 @@ def backward_operators(grad_output: torch.Tensor) -> ModuleType:
 _NOT_PLAIN_MEMORY = "a tensor is sparse or nested, or a lazy conjugate or negative"
 
 
-def _is_plain_memory(tensor: torch.Tensor) -> bool:
-    """Whether shape and strides say where the values lie: not sparse, nested or lazily negated."""
-    return (
-        tensor.layout is torch.strided
-        and not tensor.is_nested
-        and not tensor.is_conj()
-        and not tensor.is_neg()
+def _is_plain_memory(tensor: torch.Tensor, compiling: bool) -> bool:
+    """Whether shape and strides say where the values lie: not sparse, nested or lazily negated.
+
+    What a compiler traces is never nested, and PyTorch settles the last before it calls an operator.
+    """
+    return tensor.layout is torch.strided and (
+        compiling or not (tensor.is_nested or tensor.is_conj() or tensor.is_neg())
     )
 
 
@@ -304,9 +340,38 @@ def has_triton() -> bool:
 
 def _interpreted(x: torch.Tensor) -> bool:
     """Whether the kernels can run on x, a CPU tensor: in Triton's interpreter, where that was asked for."""
-    return x.device.type == "cpu" and has_triton() and forced() and bool(kernels().interpreting())
+    return x.device.type == "cpu" and forced() and _interpreting()
+
+
+def _interpreting() -> bool:
+    return has_triton() and bool(kernels().interpreting())
+
+
+def _transformed() -> bool:
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def _ieee_float32() -> bool:
+    return bool(torch.backends.cuda.matmul.fp32_precision != "tf32")
+
+
+def _why_not_here(device_type: str, index: int | None) -> str | None:
+    """Why the kernels run on no tensor of this device."""
+    if not has_triton():
+        return "Triton is not installed"
+    if torch.version.hip is not None:
+        return "the kernels are made for NVIDIA GPUs"
+    if device_type == "cuda" and _capability(index) < (8, 0):
+        return f"compute capability {_capability(index)} is below 8.0"
+    return None
 
 
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
+def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+# What torch.compiler.assume_constant_result does, which imports the whole compiler: these ask in ways that
+# cannot be traced what cannot change, or what torch.compile guards anyway.
+for _function in (_interpreting, _transformed, _ieee_float32, _why_not_here):
+    vars(_function)["_dynamo_marked_constant"] = True

@@ -1,8 +1,10 @@
 """``explain(model, x)``: what ran for each stretch of layers, why, and how much memory traffic it made."""
 
 import collections
+import contextlib
 import dataclasses
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,10 +13,11 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from fusedmlp import _dispatch, nn
+from fusedmlp._deferred import LinearBeforeReLU
 from fusedmlp._dispatch import Run
 from fusedmlp._restore import left_as_it_was
 
-_KERNELS, _OPERATORS = "Triton kernels", "PyTorch's operators"
+_KERNELS, _OPERATORS, _COMPILER = "Triton kernels", "PyTorch's operators", "torch.compile's own code"
 _WIDTH = 80
 
 _Launch = tuple[str, int]  # its name, and how many bytes it moves
@@ -24,14 +27,15 @@ _Launch = tuple[str, int]  # its name, and how many bytes it moves
 class Pass:
     """The forward or the backward of a stretch: on what it ran, by which launches, how much they move.
 
-    backend is "Triton kernels" or "PyTorch's operators"; launches are names of kernels or operators, in
-    order; bytes count each tensor that a launch reads or writes once. unfused: the same for PyTorch's eager
-    operators, ``linear`` and ``relu`` and their gradients.
+    backend is "Triton kernels", "PyTorch's operators" or "torch.compile's own code"; launches are names of
+    kernels or operators, in order; bytes count each tensor that a launch reads or writes once; of a
+    compiler's code both are None. unfused: the same for PyTorch's eager operators, ``linear`` and ``relu``
+    and their gradients.
     """
 
     backend: str
-    launches: tuple[str, ...]
-    bytes: int
+    launches: tuple[str, ...] | None
+    bytes: int | None
     unfused_launches: tuple[str, ...]
     unfused_bytes: int
 
@@ -62,7 +66,7 @@ class Explanation:
 
     rows in the order in which they ran; layers_not_fused: names of the layers that are plain
     ``torch.nn.Linear`` and not in a fused Sequential; layers_not_run: of fused layers that this call did not
-    run; compiled: whether something in the model is ``torch.compile``'s, which leaves no rows.
+    run; compiled: whether something in the model is ``torch.compile``'s.
     """
 
     rows: tuple[Row, ...]
@@ -81,29 +85,30 @@ class Explanation:
         return "\n\n".join(parts + [_paragraph(note) for note in self._notes()])
 
     def _headline(self) -> str:
-        if not self.rows and self.compiled:
-            return "No fused layer was seen: what torch.compile traced runs as the compiler's own code."
         if not self.rows:
             return "No fused layer ran."
-        passes = [p for row in self.rows for p in (row.forward, row.backward) if p is not None]
-        launches, moved = sum(len(p.launches) for p in passes), sum(p.bytes for p in passes)
-        unfused_launches = sum(len(p.unfused_launches) for p in passes)
-        unfused = sum(p.unfused_bytes for p in passes)
         layers = _count(sum(len(row.layers) for row in self.rows), "layer")
         where = ", ".join(dict.fromkeys(row.device for row in self.rows))
+        what = f"{layers} in {_count(len(self.rows), 'stretch', 'es')} on {where}"
+        passes = [p for row in self.rows for p in (row.forward, row.backward) if p is not None]
+        known = [p for p in passes if p.launches is not None]
+        if not known:
+            return f"{what}: {_COMPILER}."
+        launches, moved = (sum(len(p.launches or ()) for p in known), sum(p.bytes or 0 for p in known))
+        unfused_launches = sum(len(p.unfused_launches) for p in known)
+        unfused = sum(p.unfused_bytes for p in known)
         return (
-            f"{layers} in {_count(len(self.rows), 'stretch', 'es')} on {where}: "
+            f"{what}: "
             f"{_count(launches, 'launch', 'es')} (unfused {unfused_launches}), "
-            f"{_size(moved)} moved (unfused {_size(unfused)}, {_saved(moved, unfused)} saved)."
+            f"{_size(moved)} moved (unfused {_size(unfused)}, {_saved(moved, unfused)} saved)"
+            f"{', what torch.compile makes itself not counted' if len(known) < len(passes) else ''}."
         )
 
     def _notes(self) -> Iterator[str]:
-        if self.rows and self.compiled:
-            yield "Part of the model is compiled: what torch.compile traced is not in this table."
         if self.layers_not_fused:
             count = _count(len(self.layers_not_fused), "plain torch.nn.Linear layer")
             yield f"{count}, which fusedmlp.fuse(model) changes: {_some(self.layers_not_fused)}."
-        if self.layers_not_run and not self.compiled:
+        if self.layers_not_run:
             count = _count(len(self.layers_not_run), "fused layer")
             yield f"{count} did not run in this call: {_some(self.layers_not_run)}."
 
@@ -116,6 +121,9 @@ def explain(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Explanation
     deep, buffers, gradients, training mode and the global random states are put back as they were (lazy
     modules become what they shall be), and what the model raises comes through. Raises TypeError unless model
     is a ``torch.nn.Module``.
+
+    What is compiled runs as it was before, uncompiled, for ``torch.compile`` leaves nothing to see: the same
+    rule decides there, and what is not on the kernels is the compiler's own code.
 
     ``bytes`` count what each launch reads and writes, every tensor once, in the dtype of x. Unfused, for a
     layer of K to N features and M rows:
@@ -135,9 +143,13 @@ def explain(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Explanation
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"explain takes a torch.nn.Module, not {type(model).__name__}")
     rows = _Rows(model)
-    with left_as_it_was(model, (args, kwargs)), _dispatch.recorded(rows.note):
+    with left_as_it_was(model, (args, kwargs)), _uncompiled(), _dispatch.recorded(rows.note):
         model(*args, **kwargs)
-    unseen = {name or "(the model)": module for name, module in model.named_modules() if name not in rows.ran}
+    unseen = {
+        _shown(name) or "(the model)": module
+        for name, module in model.named_modules()
+        if _shown(name) not in rows.ran and "_orig_mod" not in module._modules
+    }
     return Explanation(
         tuple(rows.rows),
         tuple(name for name, module in unseen.items() if type(module) is torch.nn.Linear),
@@ -146,11 +158,23 @@ def explain(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Explanation
             for name, module in unseen.items()
             if isinstance(module, nn.Linear) and "weight" in module._parameters  # else it has no name
         ),
-        any(
-            "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
-            for module in model.modules()
-        ),
+        bool(rows.compiled),
     )
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Inside, what torch.compile has compiled runs as the code that it was."""
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it is large
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+def _shown(name: str) -> str:
+    """A module's name without what torch.compile puts in between."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 class _Rows:
@@ -161,11 +185,27 @@ class _Rows:
         self.ran: set[str] = set()
         self.names: dict[int, list[str]] = collections.defaultdict(list)
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.names[id(parameter)].append(re.sub(r"(^|\.)(weight|bias)$", "", name))
+            self.names[id(parameter)].append(_shown(re.sub(r"(^|\.)(weight|bias)$", "", name)))
+        self.compiled: set[str] = set()  # names of modules that are, or are in one that is
+        self.waiting: set[str] = set()  # of Linears whose ReLU is called by somebody else's forward
+        within: list[str] = []
+        for name, module in model.named_modules():
+            if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+                within.append(f"{name}." if name else "")
+            if any(name.startswith(start) or f"{name}." == start for start in within):
+                self.compiled.add(_shown(name))
+            if isinstance(module, LinearBeforeReLU):
+                self.waiting.add(_shown(name))
 
     def note(self, run: Run) -> None:
         layers = tuple(map(self.name, run.weights, run.biases))
-        self.rows.append(_row(run, layers))
+        compiled = not self.compiled.isdisjoint(("" if name == "(the model)" else name) for name in layers)
+        if compiled and not self.waiting.isdisjoint(layers):
+            if _dispatch.forced():
+                run = run._replace(final_relu=False)
+            else:
+                run = run._replace(reason="torch.compile sees the ReLU in the forward that calls this layer")
+        self.rows.append(_row(run, layers, compiled))
 
     def name(self, weight: torch.Tensor, bias: torch.Tensor | None) -> str:
         # A shared weight has several names. A parametrized one has none, and its bias tells the layer.
@@ -192,21 +232,33 @@ def _needs(run: Run) -> _Needs | None:
     return _Needs(layers[0], x, weights, biases) if layers and torch.is_grad_enabled() else None
 
 
-def _row(run: Run, layers: tuple[str, ...]) -> Row:
+def _row(run: Run, layers: tuple[str, ...], compiled: bool) -> Row:
     # Before the layers have run, so without an error where shapes do not fit: that is theirs to raise.
+    # What autocast casts is cast before, here and unfused alike, and does not count.
+    kind = run.x.device.type
+    dtype = _dispatch.autocast_dtype(kind) if torch.amp.is_autocast_available(kind) else None
+    run = run._replace(
+        x=_dispatch.cast(run.x, dtype),
+        weights=[_dispatch.cast(weight, dtype) for weight in run.weights],
+        biases=[None if bias is None else _dispatch.cast(bias, dtype) for bias in run.biases],
+    )
     shapes = [(weight.shape[-1:].numel(), weight.shape[:-1].numel()) for weight in run.weights]
     K = shapes[0][0]
     M = run.x.numel() // K if K else run.x.shape[:-1].numel()
     needs = _needs(run)
-    unfused = _unfused(M, shapes, run, needs)
-    backend, launches = (_KERNELS, _launches(run, needs)) if run.reason is None else (_OPERATORS, unfused)
-    forward, backward = (
-        Pass(backend, *_names_and_bytes(here), *_names_and_bytes(eager))
-        for here, eager in zip(launches, unfused, strict=True)
-    )
-    dtype, widths = str(run.x.dtype).removeprefix("torch."), (K, *(N for _, N in shapes))
+    unfused = [_names_and_bytes(launches) for launches in _unfused(M, shapes, run, needs)]
+    backend: str
+    here: Sequence[tuple[Any, Any]]
+    if run.reason is None:
+        backend, here = _KERNELS, [_names_and_bytes(launches) for launches in _launches(run, needs)]
+    elif compiled:
+        backend, here = _COMPILER, [(None, None)] * 2
+    else:
+        backend, here = _OPERATORS, unfused
+    forward, backward = (Pass(backend, *one, *eager) for one, eager in zip(here, unfused, strict=True))
+    name, widths = str(run.x.dtype).removeprefix("torch."), (K, *(N for _, N in shapes))
     return Row(
-        layers, M, widths, run.final_relu, dtype, str(run.x.device), run.reason,
+        layers, M, widths, run.final_relu, name, str(run.x.device), run.reason,
         forward, backward if needs else None,
     )  # fmt: skip
 
@@ -296,6 +348,9 @@ def _lines_of(rows: list[Row]) -> str:
     for what, one in (("forward", row.forward), ("backward", row.backward)):
         if one is None:
             lines.append(_paragraph("none: nothing requires grad, or grad mode is off", what))
+            continue
+        if one.launches is None or one.bytes is None:
+            lines.append(f"  {what:<10}{one.backend}")
             continue
         here, unfused = times * len(one.launches), times * len(one.unfused_launches)
         moved = times * one.bytes, times * one.unfused_bytes

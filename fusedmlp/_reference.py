@@ -19,8 +19,11 @@ def linear_forward(
 
 
 def _watched() -> bool:
-    """Whether a mode is active: it sees every operator, and may keep what one of them returned."""
-    return not torch.compiler.is_compiling() and bool(
+    """Whether a mode is active: it sees every operator, and may keep what one of them returned.
+
+    Or a compiler, which makes no use of a ReLU in place: an exported graph is that of ``torch.nn``.
+    """
+    return torch.compiler.is_compiling() or bool(
         torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
     )
 
@@ -28,8 +31,15 @@ def _watched() -> bool:
 def _relu(y: torch.Tensor, in_place: bool) -> torch.Tensor:
     # In place on a tensor that nobody else holds, and that linear's backward does not need: no second
     # tensor is written. threshold_backward is its gradient, as it is that of the one out of place.
-    # Modes, subclasses, proxies and wrappers see the calls that a model on torch.nn makes.
-    return y.relu_() if in_place and type(y) is torch.Tensor else F.relu(y)
+    # Modes, subclasses, proxies and wrappers see the calls that a model on torch.nn makes. Up to torch 2.13
+    # linear returns a view where x is no matrix, and autograd would rebuild that by as_strided.
+    if in_place and type(y) is torch.Tensor and (y.dim() == 2 or not (y.requires_grad and _is_view(y))):
+        return y.relu_()
+    return F.relu(y)
+
+
+def _is_view(y: torch.Tensor) -> bool:
+    return not torch.compiler.is_compiling() and y._is_view()  # which a compiler cannot be asked
 
 
 def mlp_forward(

@@ -19,14 +19,34 @@ import torch
 from torch.nn.utils import parametrize
 
 from fusedmlp import nn
-from fusedmlp._deferred import LinearBeforeClamp, LinearBeforeReLU, observed
+from fusedmlp._deferred import (
+    LazyLinearBeforeClamp,
+    LazyLinearBeforeReLU,
+    LinearBeforeClamp,
+    LinearBeforeReLU,
+    observed,
+)
 from fusedmlp._pairs import Call, calls_in_forward, quietly
 
 __all__ = ["Report", "Row", "fuse", "report", "unfuse"]
 
 _FROM = "_fused_from"  # where a module remembers its class: in its __dict__, so that copies do too
 _BEFORE = {"relu": LinearBeforeReLU, "clamp": LinearBeforeClamp}
-_LINEARS = (torch.nn.Linear, nn.Linear, LinearBeforeReLU, LinearBeforeClamp)
+# What each kind of Linear is before its first call, if it is lazy.
+_LAZY: dict[Any, type[torch.nn.Module]] = {
+    torch.nn.Linear: torch.nn.LazyLinear,
+    nn.Linear: nn.LazyLinear,
+    LinearBeforeReLU: LazyLinearBeforeReLU,
+    LinearBeforeClamp: LazyLinearBeforeClamp,
+}
+_LINEARS = (*_LAZY, *_LAZY.values())
+# What torch.nn has in place of ours.
+_TORCHS: dict[Any, type[torch.nn.Module]] = {
+    nn.Sequential: torch.nn.Sequential,
+    nn.MLP: torch.nn.Sequential,
+    **dict.fromkeys(_LAZY, torch.nn.Linear),
+    **dict.fromkeys(_LAZY.values(), torch.nn.LazyLinear),
+}
 _WIDTH = 80
 _SEQUENTIAL = "a Sequential"
 
@@ -122,23 +142,36 @@ def fuse(model: torch.nn.Module, *, inplace: bool = True, verbose: bool = False)
     return model
 
 
-def unfuse(model: torch.nn.Module, *, inplace: bool = True, verbose: bool = False) -> torch.nn.Module:
+def unfuse(
+    model: torch.nn.Module, *, built: bool = False, inplace: bool = True, verbose: bool = False
+) -> torch.nn.Module:
     """Give every module that :func:`fuse` changed the class it had; returns the model.
 
-    In place, or with ``inplace=False`` on a deep copy. Layers that were built with ``fusedmlp.nn`` stay.
-    ``verbose=True`` prints how many are what they were. Raises TypeError as fuse does.
+    In place, or with ``inplace=False`` on a deep copy. Layers that were built with ``fusedmlp.nn`` stay, but
+    with ``built=True`` they become ``torch.nn``'s own Linear and Sequential too: for tools that go by a
+    module's exact class, as dynamic quantization does, and for pickles to be read without ``fusedmlp``.
+    Classes of your own that are derived from ours stay. ``verbose=True`` prints how many have changed.
+
+    Raises TypeError as fuse does, and with ``built=True`` if the model has a LinearReLU, for which torch.nn
+    has no class; nothing is changed then.
 
     >>> unfuse(fuse(model))
     """
     _check(model, "unfuse")
     if not inplace:
         model = copy.deepcopy(model)
-    changes = [(module, kind, None) for module in model.modules() if (kind := _former(module)) is not None]
+    if built:
+        changes = [(module, kind, None) for module, kind in _torchs_own(model)]
+    else:
+        changes = [
+            (module, kind, None) for module in model.modules() if (kind := _former(module)) is not None
+        ]
     _change(changes)
     if verbose:
         linears = sum(issubclass(kind, torch.nn.Linear) for _, kind, _ in changes)
         words = _count(linears, "Linear"), _count(len(changes) - linears, "Sequential")
-        print(f"{' and '.join(words)} given back the class they had")
+        became = "made torch.nn's own" if built else "given back the class they had"
+        print(f"{' and '.join(words)} {became}")
     return model
 
 
@@ -179,7 +212,8 @@ def _plan(model: torch.nn.Module) -> tuple[dict[torch.nn.Module, type[torch.nn.M
             continue
         reason = _why_left_alone(module)
         if reason is None:
-            kinds[module], status, reason = _decide(calls[module])
+            kind, status, reason = _decide(calls[module])
+            kinds[module] = _LAZY[kind] if isinstance(module, torch.nn.LazyLinear) else kind
         else:
             status = "left alone"
         rows.append(Row(tuple(names[module]), *(_features(module) or (0, 0)), status, reason))
@@ -323,9 +357,6 @@ class _Disguised(nn.Sequential):
         _, (kind, *arguments), *state = made
         return _new, (kind._came_from, *arguments), *state
 
-    def __prepare_scriptable__(self) -> torch.nn.Module:
-        return nn._as_plain(self, type(self)._came_from)  # type: ignore[attr-defined]
-
 
 def _subclass(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
     if kind not in _SUBCLASSES:
@@ -348,7 +379,31 @@ def _former(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     former: type[torch.nn.Module] | None = kind.__dict__.get("_came_from")
     if kind in _LINEARS or kind is nn.Sequential:
         former = module.__dict__.get(_FROM)
+        if former in _LAZY.values() and not isinstance(module, torch.nn.LazyLinear):
+            former = former.cls_to_become  # type: ignore[union-attr]  # it has been called since
     return former
+
+
+def _torchs_own(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, type[torch.nn.Module]]]:
+    """The modules that are ours, and the class that each would have on ``torch.nn``."""
+    without = []
+    for name, module in model.named_modules():
+        kind = _former(module) or type(module)
+        parametrized = parametrize.is_parametrized(module)
+        base = kind.__bases__[0] if parametrized else kind
+        if base is nn.LinearReLU:
+            without.append(name or "the model itself")
+        base = _TORCHS.get(base, base)
+        if parametrized and base is not kind.__bases__[0]:  # a class that was made, maybe for its copies too
+            kind = type(kind.__name__, (base,), dict(vars(kind)))
+        elif not parametrized:
+            kind = base
+        if kind is not type(module):
+            yield module, kind
+    if without:
+        raise TypeError(
+            f"torch.nn has no LinearReLU, for which there should be Linear and ReLU: {', '.join(without)}"
+        )
 
 
 def _change(changes: list[tuple[torch.nn.Module, type[torch.nn.Module], Any]]) -> None:

@@ -8,7 +8,9 @@ from torch.nn import functional as F
 from fusedmlp import _reference
 from fusedmlp._autograd import fused_mlp
 from fusedmlp._dispatch import (
-    Run,
+    autocast_dtype,
+    cast,
+    dtype_after_cast,
     forced,
     quiet,
     record,
@@ -67,7 +69,8 @@ def mlp(
 
     x ``(..., K)``; weights ``(N, K)`` each, the K of one the N of the one before; biases ``(N,)`` or None for
     each weight; of one dtype on one device. Returns ``(..., N)`` of the last. Raises ValueError unless there
-    is one bias or None for each of at least one weight, and else what :func:`linear` raises.
+    is one bias or None for each of at least one weight, TypeError for what is no list, and else what
+    :func:`linear` raises.
 
     In the backward the ReLU's mask and the bias gradient of a hidden layer are computed in the product that
     makes its gradient, so that no pass over the activations is left.
@@ -75,7 +78,12 @@ def mlp(
     >>> mlp(torch.randn(8, 4), [torch.randn(3, 4), torch.randn(2, 3)], [torch.randn(3), None]).shape
     torch.Size([8, 2])
     """
-    if len(weights) != len(biases) or not weights:
+    try:
+        wrong_number = len(weights) != len(biases) or not weights
+    except (TypeError, RuntimeError):  # None, a generator, a tensor
+        kinds = f"{type(weights).__name__} and {type(biases).__name__}"
+        raise TypeError(f"mlp takes a list of weights and a list of biases, got {kinds}") from None
+    if wrong_number:
         raise ValueError(
             f"mlp needs at least one weight, and for each a bias or None, "
             f"got {len(weights)} weights and {len(biases)} biases"
@@ -103,12 +111,25 @@ def _fused_or_reason(
 ) -> torch.Tensor:
     reason = why_not_fused_mlp(x, weights, biases, final_relu=final_relu)
     if not torch.compiler.is_compiling():
-        record(Run(x, weights, biases, final_relu, reason))
-        if reason is not None and forced() and all(isinstance(t, torch.Tensor) for t in (x, *weights)):
-            raise RuntimeError(f"backend('triton') is in force, but {reason}")
+        record(x, weights, biases, final_relu, reason)
+    if reason is not None and forced():
+        _refuse(reason, x, weights, biases)
     if reason is None:
+        dtype = autocast_dtype(x.device.type)
+        if dtype is not None:  # as autocast itself, operator by operator: outside of what is differentiated
+            x, weights = cast(x, dtype), [cast(weight, dtype) for weight in weights]
+            biases = [None if bias is None else cast(bias, dtype) for bias in biases]
         return fused_mlp(x, weights, biases, final_relu)
     return _reference.mlp_forward(x, weights, biases, final_relu, len(weights) - 1)[0]
+
+
+def _refuse(
+    reason: str, x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> None:
+    tensors = (x, *weights, *(bias for bias in biases if bias is not None))
+    if all(isinstance(tensor, torch.Tensor) for tensor in tensors):  # else torch has a TypeError to raise
+        auto = "backend('auto') leaves it to PyTorch's operators"
+        raise RuntimeError(f"backend('triton') is in force, but {reason}; {auto}")
 
 
 def _raise_clearer(
@@ -119,7 +140,7 @@ def _raise_clearer(
     shape: tuple[int, ...] | None = None,
 ) -> None:
     """Raise the same type of error with the caller's mistake in words, if there is one and it is not said."""
-    if type(error) is not RuntimeError:  # out of memory, for one
+    if type(error) is not RuntimeError or torch.compiler.is_compiling():  # out of memory, for one
         return
     problem = _mistake(input, weight, bias, shape)
     if problem is not None and problem != str(error):
@@ -139,19 +160,24 @@ def _mistake(
     shape = tuple(input.shape) if shape is None else shape
     shapes = f"input {shape}, weight {tuple(weight.shape)}"
     shapes += "" if bias is None else f", bias {tuple(bias.shape)}"
-    if weight.dim() == 2 and shape[-1:] != weight.shape[1:]:
+    strict = forced()  # then it may be that torch has not refused
+    if weight.dim() != 2:
+        needed = "linear needs a weight of shape (out_features, in_features)"
+        return None if strict else f"{needed}, got {shapes}"
+    if shape[-1:] != weight.shape[1:]:
         K = weight.shape[1]
         return f"linear with in_features={K} needs an input of shape (..., {K}), got {shapes}"
-    N = weight.shape[0] if weight.dim() else 0
-    # torch takes a bias of one number, or of more dimensions, as well.
-    if bias is not None and weight.dim() == 2 and bias.numel() != 1 and bias.shape[-1:] != (N,):
-        return f"linear with out_features={N} needs a bias of shape ({N},), got {shapes}"
+    N = weight.shape[0]
+    wrong_bias = f"linear with out_features={N} needs a bias of shape ({N},), got {shapes}"
+    # torch takes a bias of one number as well, and one of more dimensions if they fit the input's.
+    if bias is not None and bias.numel() != 1 and bias.shape[-1:] != (N,):
+        return wrong_bias
     if len({tensor.device for tensor in tensors.values()}) > 1:
         where = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         return f"linear needs its tensors on one device, got {where} ({shapes})"
     kind = input.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # it mixes dtypes
-    if not autocast and len({tensor.dtype for tensor in tensors.values()}) > 1:
+    autocast = autocast_dtype(kind) if torch.amp.is_autocast_available(kind) else None
+    if len({dtype_after_cast(tensor.dtype, autocast) for tensor in tensors.values()}) > 1:
         what = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
         return f"linear needs its tensors in one dtype, got {what} ({shapes})"
-    return None
+    return wrong_bias if bias is not None and bias.dim() > 1 and not strict else None

@@ -5,10 +5,10 @@
 The same parameters, initial values, ``state_dict`` keys and ``repr``: checkpoints go both ways.
 """
 
-import copy
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.nn
@@ -16,6 +16,31 @@ from torch.nn import *  # noqa: F403  all of torch.nn, whatever its version has
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedmlp import functional as _functional
+from fusedmlp._dispatch import left_to_compiler
+
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
+
+
+def _scripted_as(plain: Callable[..., Any]) -> Callable[[_Forward], _Forward]:
+    """Have ``torch.jit.script`` compile another function in place of this forward.
+
+    It compiles the source that ``inspect`` finds, which looks behind ``__wrapped__``. To give it another
+    module, as ``__prepare_scriptable__`` does, would replace the members of the model that it is called with.
+    """
+
+    def mark(forward: _Forward) -> _Forward:
+        forward.__wrapped__ = plain  # type: ignore[attr-defined]
+        return forward
+
+    return mark
+
+
+def _plain_linear(self: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(input, self.weight, self.bias)
+
+
+def _plain_linear_relu(self: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    return torch.relu(torch.nn.functional.linear(input, self.weight, self.bias))
 
 
 class Linear(torch.nn.Linear):  # type: ignore[no-redef]  # it replaces torch's, which * brought
@@ -27,27 +52,34 @@ class Linear(torch.nn.Linear):  # type: ignore[no-redef]  # it replaces torch's,
     torch.Size([8, 2])
     """
 
+    @_scripted_as(_plain_linear)
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return _functional.linear(input, self.weight, self.bias)
-
-    def __prepare_scriptable__(self) -> torch.nn.Module:
-        """What ``torch.jit.script`` compiles: torch's Linear of the same parameters, unless a subclass."""
-        return _as_plain(self, torch.nn.Linear) if type(self) is Linear else self
 
 
 class LinearReLU(Linear):
     """A Linear whose output goes through ReLU, in one kernel where there is one.
 
     Arguments, parameters, initial values and keys of ``torch.nn.Linear``. Tools that replace a module
-    because it is a ``torch.nn.Linear`` may forget its ReLU, and ``torch.jit.script`` does not know it: for
-    those, write Linear and ReLU.
+    because it is a ``torch.nn.Linear`` may forget its ReLU: for those, write Linear and ReLU.
 
     >>> bool((LinearReLU(4, 2)(torch.randn(8, 4)) >= 0).all())
     True
     """
 
+    @_scripted_as(_plain_linear_relu)
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return _functional.linear_relu(input, self.weight, self.bias)
+
+
+class LazyLinear(torch.nn.LazyLinear, Linear):  # type: ignore[no-redef]
+    """``torch.nn.LazyLinear``: its first input says in_features, and from then on it is a :class:`Linear`.
+
+    >>> LazyLinear(2)(torch.randn(8, 4)).shape
+    torch.Size([8, 2])
+    """
+
+    cls_to_become = Linear
 
 
 class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
@@ -60,12 +92,13 @@ class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
     torch.Size([8, 1])
     """
 
+    @_scripted_as(torch.nn.Sequential.forward)
     def forward(self, input: Any) -> Any:
         # Somebody may be looking at the modules one by one: a tracer or compiler, by a wrapped input, by a
         # hook or by a patched call.
         if (
             type(input) is not torch.Tensor
-            or torch.compiler.is_compiling()
+            or left_to_compiler(input)
             or _has_any_global_hook()
             or torch.nn.Module.__call__ is not _MODULE_CALL
         ):
@@ -91,10 +124,6 @@ class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
             else:
                 input = module(input)
         return _run(input, weights, biases, relu) if layers else input
-
-    def __prepare_scriptable__(self) -> torch.nn.Module:
-        """What ``torch.jit.script`` compiles: torch's Sequential of the same members, unless a subclass."""
-        return _as_plain(self, torch.nn.Sequential) if type(self) in (Sequential, MLP) else self
 
     def __add__(self, other: torch.nn.Sequential) -> "Sequential":
         return Sequential(*super().__add__(other))
@@ -122,10 +151,15 @@ class MLP(Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(hidden_features, int):
-            raise TypeError(f"hidden_features is a list of widths, such as [{hidden_features}], not an int")
+        try:
+            widths = [operator.index(width) for width in hidden_features]
+        except TypeError:
+            hint = f"hidden_features is a list of widths, such as [256, 128], got {hidden_features!r}"
+            raise TypeError(hint) from None
+        if callable(bias):  # an activation or a norm, as other libraries' MLPs take
+            raise TypeError(f"bias is True or False, got {bias!r}; between the layers is always ReLU")
         layers: list[torch.nn.Module] = []
-        for width in hidden_features:
+        for width in widths:
             layers += [Linear(in_features, width, bias, device, dtype), torch.nn.ReLU()]
             in_features = width
         super().__init__(*layers, Linear(in_features, out_features, bias, device, dtype))
@@ -138,13 +172,6 @@ class MLP(Sequential):
         if isinstance(idx, slice):  # not an MLP, whose __init__ wants widths
             return Sequential(OrderedDict(list(self._modules.items())[idx]))
         return super().__getitem__(idx)
-
-
-def _as_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> torch.nn.Module:
-    plain = copy.copy(module)
-    plain._modules = dict(module._modules)  # torch.jit.script replaces the members of what it is given
-    plain.__class__ = kind
-    return plain
 
 
 _MODULE_CALL = torch.nn.Module.__call__

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -58,6 +59,17 @@ def dry_run(note: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
         _dry_run.note = before
 
 
+# Triton's interpreter keeps what it works on in globals of triton.language: one thread at a time, and no fork
+# in the middle.
+_one_at_a_time = threading.Lock() if interpreting() else None
+if _one_at_a_time is not None and hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_one_at_a_time.acquire,
+        after_in_parent=_one_at_a_time.release,
+        after_in_child=_one_at_a_time.release,
+    )
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], x: torch.Tensor, args: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
@@ -66,7 +78,10 @@ def launch(
         _dry_run.note(kernel.__name__.strip("_").removesuffix("_kernel"), args)
         return
     run: Callable[..., Any] = kernel[grid]
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
+    if _one_at_a_time is not None:
+        with _one_at_a_time:
+            run(*args, **options)
+    elif x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             run(*args, **options)
     else:

@@ -7,7 +7,7 @@ and, as far as can be, on the kernels; ``pytest --compatibility FILE`` writes th
 import collections
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 from fusedmlp import _dispatch
 
 _PROPERTY = "capability"
+_SAMPLES = "samples"
 
 
 class Route:
@@ -28,22 +29,30 @@ class Route:
         self.kernels = kernels
         self.reasons: list[str | None] = []
 
+    def note(self, run: _dispatch.Run) -> None:
+        if run.reason != "backend('torch') is in force":  # what a test compares with
+            self.reasons.append(run.reason)
+
 
 @contextlib.contextmanager
 def taken(route: Route) -> Iterator[None]:
     """Take this route, in this thread: other threads and processes of a test enter it for themselves."""
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        _dispatch.recorded(lambda run: route.reasons.append(run.reason)),
-    ):
+    with pytest.MonkeyPatch.context() as patch, _dispatch.recorded(route.note):
         if route.kernels:  # the layers here are far too small for "auto", and are on a CPU
             patch.setattr(_dispatch, "_why_not_worth_it", lambda *arguments: None)
             patch.setattr(_dispatch, "_interpreted", _interpreted)
         yield
 
 
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Inside ``taken`` of the plain route: with nobody to be told, calls on a CPU take a shorter way."""
+    with _dispatch.recorded(None):  # type: ignore[arg-type]
+        yield
+
+
 def _interpreted(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and bool(_dispatch.kernels().interpreting())
+    return x.device.type == "cpu" and _dispatch._interpreting()
 
 
 @pytest.fixture(params=["plain", pytest.param("kernels", marks=pytest.mark.kernels)])
@@ -57,6 +66,30 @@ def route(request: pytest.FixtureRequest) -> Iterator[Route]:
         yield route
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marker = item.get_closest_marker("capability")
+        if marker is not None and item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            # It will be skipped before route is asked for, and is a row all the same.
+            kernels = getattr(item, "callspec").params.get("route") == "kernels"  # noqa: B009  of a Function
+            item.user_properties.append((_PROPERTY, [*marker.args, kernels, []]))
+
+
+@pytest.fixture
+def sampled(request: pytest.FixtureRequest, route: Route) -> Callable[..., None]:
+    """Called after each of PyTorch's own samples that came out right, so that the run can say how many."""
+    counts: dict[str, list[int]] = {}
+    request.node.user_properties.append((_SAMPLES, [route.kernels, counts]))
+
+    def one_more(of: str, fused: bool = False) -> None:
+        count = counts.setdefault(of, [0, 0])
+        count[0] += 1
+        count[1] += fused
+
+    return one_more
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--compatibility", metavar="FILE", help="write the table of capabilities to this file")
 
@@ -68,15 +101,16 @@ class _Result:
         self.outcomes: set[str] = set()
         self.reasons: list[str | None] = []
         self.unsupported: list[str] = []
+        self.skipped: list[str] = []
 
     def __str__(self) -> str:
         if not self.outcomes:
-            return "not run"
+            return f"not run: {'; '.join(dict.fromkeys(self.skipped))}" if self.skipped else "not run"
         if "failed" in self.outcomes:
             return "**fails**"
         if self.unsupported:
-            return f"not supported: {'; '.join(dict.fromkeys(self.unsupported))}"
-        reasons = [reason for reason in dict.fromkeys(self.reasons) if reason is not None]
+            return f"not supported: {'; '.join(sorted(set(self.unsupported)))}"
+        reasons = sorted({reason for reason in self.reasons if reason is not None})  # workers have no order
         if None in self.reasons:
             return "works fused" + (f"; in part PyTorch's own path: {'; '.join(reasons)}" if reasons else "")
         return f"PyTorch's own path: {'; '.join(reasons)}" if reasons else "works; no layer runs"
@@ -92,6 +126,10 @@ def table(reports: list[pytest.TestReport]) -> str:
             if key == _PROPERTY:
                 section, name, kernels, reasons = value
                 result = results[section, name][kernels]
+                if report.skipped and not hasattr(report, "wasxfail"):
+                    assert isinstance(report.longrepr, tuple)
+                    result.skipped.append(report.longrepr[2].removeprefix("Skipped: "))
+                    continue
                 result.outcomes.add("failed" if report.failed else "passed")
                 result.reasons += reasons
                 if hasattr(report, "wasxfail"):
@@ -114,14 +152,33 @@ def table(reports: list[pytest.TestReport]) -> str:
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
+def how_many(reports: list[pytest.TestReport]) -> list[str]:
+    """A line for each of PyTorch's descriptions: how many samples passed, and how many on the kernels."""
+    totals: dict[str, list[int]] = {}
+    for report in reports:
+        for key, value in report.user_properties:
+            if key == _SAMPLES:
+                kernels, counts = value
+                for of, (all_, fused) in counts.items():
+                    total = totals.setdefault(of, [0, 0, 0])
+                    total[kernels] += all_
+                    total[2] += fused
+    return [
+        f"{of}: {plain} plain, {kernels} with the kernels allowed ({fused} ran on them)"
+        for of, (plain, kernels, fused) in sorted(totals.items())
+    ]
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    lines = how_many(terminalreporter.stats.get("passed", []))
+    if lines:
+        terminalreporter.section("samples of PyTorch's own that passed")
+        for line in lines:
+            terminalreporter.write_line(line)
     file = config.getoption("--compatibility")
     if file:
-        reports = [
-            r
-            for kind in ("passed", "failed", "xfailed", "xpassed")
-            for r in terminalreporter.stats.get(kind, [])
-        ]
+        kinds = ("passed", "failed", "skipped", "xfailed", "xpassed")
+        reports = [report for kind in kinds for report in terminalreporter.stats.get(kind, [])]
         pathlib.Path(file).write_text(_HEAD + table(reports), encoding="utf-8")
         terminalreporter.write_line(f"wrote {file}")
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ if HAS_TRITON and not torch.cuda.is_available():
 torch.set_num_threads(1)  # pytest-xdist uses the cores; and sums in one order
 
 
-pytest_plugins = ["compatibility"]
+pytest_plugins = ["compatibility", "networks"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,3 +35,20 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many random cases ran, which the counts of tests do not say."""
+    count = {False: 0, True: 0}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "call":
+                for key, value in report.user_properties:
+                    if key == "random cases":
+                        kernels, cases = value
+                        count[kernels] += cases
+    if any(count.values()):
+        terminalreporter.write_line(
+            f"{sum(count.values())} random cases: {count[False]} on PyTorch's operators, "
+            f"{count[True]} where the kernels can run"
+        )

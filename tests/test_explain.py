@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import compatibility
 import numpy as np
 import pytest
 import torch
@@ -352,16 +353,51 @@ def test_layers_that_are_not_fused_or_did_not_run() -> None:
     assert text.startswith("No fused layer ran.\n\n1 plain torch.nn.Linear layer, which")
 
 
-def test_a_compiled_model_leaves_no_rows() -> None:
-    model = torch.compile(nn.MLP(5, [4], 3), backend="eager")
+def test_a_compiled_model_says_what_is_the_compilers() -> None:
+    members = nn.MLP(5, [4], 3)
+    model = torch.compile(members, backend="eager")
     explanation = explain(model, torch.randn(3, 5))
-    assert (explanation.rows, explanation.compiled) == ((), True)
-    assert shown(explanation).startswith("No fused layer was seen: what torch.compile traced")
+    (row,) = explanation.rows
+    assert explanation.compiled
+    assert row.layers == ("0", "2")
+    assert row.forward.backend == row.backward.backend == "torch.compile's own code"  # type: ignore[union-attr]
+    assert row.forward.launches is row.forward.bytes is None
+    assert row.forward.unfused_launches == ("linear", "relu", "linear")
+    assert shown(explanation).startswith("2 layers in 1 stretch on cpu: torch.compile's own code.")
+    json.dumps(explanation.to_dict())
     partly = Holder(lambda self, x: self.plain(self.fast(x)), fast=model, plain=nn.Linear(3, 2))
     explanation = explain(partly, torch.randn(3, 5))
-    assert [row.layers for row in explanation.rows] == [("plain",)]
-    assert "Part of the model is compiled" in shown(explanation)
+    assert [(row.layers, row.forward.backend) for row in explanation.rows] == [
+        (("fast.0", "fast.2"), "torch.compile's own code"),
+        (("plain",), "PyTorch's operators"),
+    ]
+    assert "what torch.compile makes itself not counted" in " ".join(shown(explanation).split())
     assert not explain(nn.Linear(5, 3), torch.randn(3, 5)).compiled
+    members.compile(backend="eager")  # in place: the module stays what it is
+    (row,) = explain(members, torch.randn(3, 5)).rows
+    assert row.forward.backend == "torch.compile's own code"
+
+
+class CallsReLU(tnn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = tnn.Linear(5, 4), tnn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.b(torch.relu(self.a(x)))
+
+
+@pytest.mark.kernels
+def test_a_compiled_forward_that_calls_relu_is_the_compilers() -> None:
+    model = fusedmlp.fuse(CallsReLU())
+    compiled = torch.compile(model, backend="eager")
+    route = compatibility.Route(True)
+    with compatibility.taken(route):
+        first, second = explain(compiled, torch.randn(3, 5)).rows
+        eagerly, _ = explain(model, torch.randn(3, 5)).rows
+    assert first.reason == "torch.compile sees the ReLU in the forward that calls this layer"
+    assert first.forward.backend == "torch.compile's own code"
+    assert second.forward.backend == eagerly.forward.backend == "Triton kernels"
 
 
 def test_many_alike_and_long_texts_fit_the_terminal() -> None:
@@ -506,11 +542,7 @@ def test_unusual_inputs() -> None:
     assert (row.device, row.forward.launches) == ("meta", ("linear",))
 
 
-def test_what_is_no_model_and_what_does_not_fit() -> None:
-    with pytest.raises(TypeError, match=r"explain takes a torch\.nn\.Module, not function"):
-        explain(shown, torch.randn(3))  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match=r"needs an input of shape \(\.\.\., 5\)"):
-        explain(nn.MLP(5, [4], 3), torch.randn(3, 6))
+def test_what_does_not_run() -> None:
     with pytest.raises(RuntimeError):
         explain(nn.Linear(5, 3), torch.randn(()))
     with (

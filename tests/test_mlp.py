@@ -427,44 +427,6 @@ def test_large_weights_are_not_kept_waiting(monkeypatch: pytest.MonkeyPatch, dev
         assert torch.equal(a, b)
 
 
-MISTAKES = {
-    r"in_features=7 needs an input.*input \(3, 8\), weight \(6, 7\)": lambda x, w, b: (
-        x.new_ones(3, 8),
-        w,
-        b,
-    ),
-    r"in_features=9 needs an input.*input \(3, 6\), weight \(5, 9\)": lambda x, w, b: (
-        x,
-        [w[0], w[1].new_ones(5, 9), w[2]],
-        b,
-    ),
-    r"out_features=6 needs a bias.*bias \(4,\)": lambda x, w, b: (x, w, [x.new_ones(4), *b[1:]]),
-    r"one dtype, got.*weight torch.float16": lambda x, w, b: (x, [w[0].half(), *w[1:]], b),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_name_the_layers_shapes(mistake: str, path: str, device: torch.device) -> None:
-    arguments = MISTAKES[mistake](*chain(device, (3, 7), 6, 5, 4))
-    with pytest.raises(RuntimeError, match=mistake):
-        mlp(*arguments)
-
-
-def test_the_right_layer_is_blamed(path: str, device: torch.device) -> None:
-    x, weights, biases = chain(device, (3, 7), 6, 5, 4)
-    wrong = [weights[0], weights[1].new_ones(5, 9), weights[2]]
-    with pytest.raises(RuntimeError, match=r"in_features=9 .* got input \(3, 6\)"):
-        mlp(torch.nn.Parameter(x), wrong, biases)
-
-
-def test_as_many_biases_as_weights() -> None:
-    x, weights, biases = chain(torch.device("cpu"), (3, 7), 6, 5)
-    with pytest.raises(ValueError, match="got 2 weights and 1 biases"):
-        mlp(x, weights, biases[:1])
-    with pytest.raises(ValueError, match="got 0 weights and 0 biases"):
-        mlp(x, [], [])
-
-
 @pytest.mark.kernels
 def test_the_predicate_names_the_layer(device: torch.device) -> None:
     x, weights, biases = chain(device, (3, 7), 6, 5)

@@ -57,7 +57,7 @@ def test_everything_of_torch_nn_is_there() -> None:
     for name in dir(tnn):
         if not name.startswith("__"):
             assert hasattr(nn, name), name
-            if name not in ("Linear", "Sequential"):
+            if name not in ("Linear", "LazyLinear", "Sequential"):
                 assert getattr(nn, name) is getattr(tnn, name), name
     assert set(dir(nn)) >= set(dir(tnn))
     with pytest.raises(AttributeError):
@@ -410,8 +410,6 @@ def test_other_inputs_run_as_in_torch() -> None:
     assert ours.to("meta")(torch.randn(3, 7, device="meta")).shape == (3, 2)
     first, second = nn.Sequential(tnn.Identity()), tnn.Sequential(tnn.Identity())
     assert first("text") == second("text") == "text"
-    with pytest.raises(RuntimeError, match=r"\(3, 8\).*\(10, 7\)"):
-        network(nn)(torch.randn(3, 8))
 
 
 def test_mlp() -> None:
@@ -432,8 +430,6 @@ def test_mlp() -> None:
     assert_same_run(ours, torchs, torch.randn(3, 7, dtype=torch.float64))
     assert len(nn.MLP(3, [], 2)) == 1
     assert type(ours[:2]) is nn.Sequential
-    with pytest.raises(TypeError, match=r"such as \[256\]"):
-        nn.MLP(784, 256, 10)  # type: ignore[arg-type]
 
 
 def test_linear_relu_layer() -> None:
