@@ -187,6 +187,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if file:
         kinds = ("passed", "failed", "skipped", "xfailed", "xpassed")
         reports = [report for kind in kinds for report in terminalreporter.stats.get(kind, [])]
+        reports = [report for report in reports if isinstance(report, pytest.TestReport)]  # no skipped file
         pathlib.Path(file).write_text(_HEAD + table(reports), encoding="utf-8")
         terminalreporter.write_line(f"wrote {file}")
 
