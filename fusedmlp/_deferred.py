@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map_only
 
 from fusedmlp import functional, nn
-from fusedmlp._dispatch import forced, quiet, record, surely_unfused
+from fusedmlp._dispatch import autocast_dtype, forced, quiet, record, surely_unfused
 
 _MODULE_CALL = torch.nn.Module.__call__
 _RELU = (torch.relu, torch.Tensor.relu)
@@ -145,6 +145,7 @@ class _Deferred(torch.Tensor):
     _versions: list[int]
     _grad_mode: bool
     _needs_grad: bool
+    _autocast: torch.dtype | None
     _y: torch.Tensor | None
     _z: torch.Tensor | None
 
@@ -158,6 +159,7 @@ class _Deferred(torch.Tensor):
         )
         self._arguments, self._versions = arguments, _versions(arguments)
         self._grad_mode, self._needs_grad = torch.is_grad_enabled(), y.requires_grad
+        self._autocast = autocast_dtype(y.device.type)
         self._y, self._z = y, None
         return self
 
@@ -240,7 +242,7 @@ class _Deferred(torch.Tensor):
             with (
                 torch.inference_mode(False),
                 torch.set_grad_enabled(self._grad_mode),
-                torch.autocast(x.device.type, enabled=False),
+                torch.autocast(x.device.type, dtype=self._autocast, enabled=self._autocast is not None),
             ):
                 self._z = F.linear(*self._arguments)
         return self._z

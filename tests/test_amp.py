@@ -320,3 +320,29 @@ def test_the_functions_under_autocast(route: Route, device: torch.device) -> Non
         ):
             assert mine.dtype == theirs.dtype
             torch.testing.assert_close(mine, theirs)
+
+
+class Switched(tnn.Module):
+    """What comes after the Linear changes once the model has been read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.after = tnn.Linear(20, 12), "relu"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return getattr(torch, self.after)(self.fc(x))  # type: ignore[no-any-return]
+
+
+def test_autocast_holds_for_an_output_that_waited_for_its_relu(route: Route, device: torch.device) -> None:
+    torchs = Switched().to(device)
+    ours = fusedmlp.fuse(copy.deepcopy(torchs))
+    torchs.after = ours.after = "sin"
+    x = torch.randn(7, 20, device=device)
+    results = []
+    for model in (ours, torchs):
+        with torch.autocast(device.type, torch.float16):
+            y = model(x)
+        y.float().sum().backward()
+        results.append([y.detach(), model.fc.weight.grad, model.fc.bias.grad])
+    for our, its in zip(*results, strict=True):
+        torch.testing.assert_close(our, its, rtol=0, atol=0)
