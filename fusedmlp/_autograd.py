@@ -12,16 +12,22 @@ from fusedmlp import _dispatch, _ops, _reference
 class FusedMLP(torch.autograd.Function):
     """Linear, ReLU, Linear, ...; x (M, K), count weights (N, K), count biases (N,) or None: (M, N).
 
+    forced: on the kernels throughout, whatever was measured, in the backward too.
     ``ctx`` in ``forward``: with ``setup_context`` a call costs four times as much.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, final_relu: bool, count: int, *parameters: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        final_relu: bool,
+        forced: bool,
+        count: int,
+        *parameters: torch.Tensor | None,
     ) -> torch.Tensor:
         weights, biases = parameters[:count], parameters[count:]
         need = ctx.needs_input_grad
-        need_x, need_weights, need_biases = need[0], need[3 : 3 + count], need[3 + count :]
+        need_x, need_weights, need_biases = need[0], need[4 : 4 + count], need[4 + count :]
         lowest = 0
         while not (need_x or need_weights[lowest] or need_biases[lowest]):
             lowest += 1
@@ -30,7 +36,7 @@ class FusedMLP(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         operators: ModuleType = _ops if compiling else _dispatch.kernels()
         ys: list[torch.Tensor] = operators.mlp_forward(
-            x, weights, biases, final_relu, keep=max(0, lowest - 1)
+            x, weights, biases, final_relu, max(0, lowest - 1), forced
         )
         activations: list[torch.Tensor | None] = [None] * lowest + ([x, *ys] if lowest == 0 else ys)
         start = activations[lowest]
@@ -46,12 +52,12 @@ class FusedMLP(torch.autograd.Function):
         if lowest < count - 1 and not compiling:  # which knows no create_graph
             rest = (None if need_weights[lowest] else start, weights[lowest], *biases[lowest:-1])
             ctx.only_for_create_graph = [_remembered(t) for t in rest]
-        ctx.settings = final_relu, lowest, need_x, need_weights, need_biases
+        ctx.settings = final_relu, forced, lowest, need_x, need_weights, need_biases
         return ys[-1]
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
-        final_relu, lowest, need_x, need_weights, need_biases = ctx.settings
+        final_relu, forced, lowest, need_x, need_weights, need_biases = ctx.settings
         count = len(need_weights)
         saved = list(ctx.saved_tensors)  # once: checkpointing recomputes them at each look
         activations, weights = saved[: count + 1], saved[count + 1 :]
@@ -60,11 +66,11 @@ class FusedMLP(torch.autograd.Function):
         if not compiling and torch.is_grad_enabled() and ctx.only_for_create_graph:
             _recompute(ctx.only_for_create_graph, lowest, activations, weights)
         grad_x, grad_weights, grad_biases = operators.mlp_backward(
-            grad_output, activations, weights, final_relu, lowest, need_x, need_weights, need_biases
+            grad_output, activations, weights, final_relu, lowest, need_x, need_weights, need_biases, forced
         )
         if not compiling and not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.only_for_create_graph = []  # as autograd lets go of what was saved
-        return grad_x, None, None, *grad_weights, *grad_biases
+        return grad_x, None, None, None, *grad_weights, *grad_biases
 
 
 def _remembered(
@@ -121,7 +127,7 @@ def fused_mlp(
         or any(weight.requires_grad for weight in weights)
         or any(bias is not None and bias.requires_grad for bias in biases)
     ):
-        y = FusedMLP.apply(rows, final_relu, len(weights), *weights, *biases)
+        y = FusedMLP.apply(rows, final_relu, _dispatch.forced(), len(weights), *weights, *biases)
     else:
         if torch.compiler.is_compiling():
             launch = _ops.mlp_forward
@@ -129,6 +135,6 @@ def fused_mlp(
             launch = _dispatch.kernels().mlp_forward
             if torch._C._autograd._profiler_enabled():  # which autograd tells the Function's name
                 launch = torch.autograd.profiler.record_function("FusedMLP")(launch)
-        (y,) = launch(rows, weights, biases, final_relu, keep=len(weights) - 1)
+        (y,) = launch(rows, weights, biases, final_relu, len(weights) - 1, _dispatch.forced())
     # Not a view, as eager's result is none: one made under no_grad could not be modified in place later.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weights[-1].shape[0]))

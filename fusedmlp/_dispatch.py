@@ -22,16 +22,18 @@ from fusedmlp import _reference
 Backend = Literal["auto", "triton", "torch"]
 
 _BACKENDS = ("auto", "triton", "torch")
+_MEASURING = "measuring"  # the kernels' path, each product of it where it was measured to be faster
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Rows or columns: the kernels count them in 32 bits, rounded up to whole tiles and parts, and offsets in 64.
 _LARGEST = 2**31 - 2**20
 
-# The conservative rule of "auto", until measurements replace it. A launch of a Triton kernel from Python
+# The conservative rule of "auto", for what was not measured. A launch of a Triton kernel from Python
 # costs 9 to 12 us of the CPU's time against about 5 for one of ATen's: below about 1 GFLOP that is more
 # than fusing saves. Above N*K/(N+K) FLOP a byte a layer is limited by arithmetic (A100 156, H200 184), and
 # there a product a few per cent slower than cuBLAS's costs more than fusing saves.
 _LEAST_FLOPS = 1e9
+_LEAST_GAIN = 0.98  # what was measured to take longer than this part of PyTorch's time may be noise
 _MOST_INTENSITY = 150
 
 
@@ -43,13 +45,14 @@ class Run(NamedTuple):
     biases: Sequence[torch.Tensor | None]
     final_relu: bool
     reason: str | None  # why not on the kernels
+    basis: str | None  # why on the kernels
 
 
 class _Chosen(threading.local):
     """What holds in this thread. torch.compile cannot trace a ContextVar in torch 2.11."""
 
     def __init__(self) -> None:  # in every thread; with defaults in the class torch 2.11 would trace those
-        self.backend: Backend = "auto"
+        self.backend: str = "auto"
         self.note: Callable[[Run], None] | None = None  # who is told of every stretch
         self.quiet = True  # neither forced nor recorded: what a call on the CPU looks at
 
@@ -57,17 +60,18 @@ class _Chosen(threading.local):
 _chosen = _Chosen()
 
 
-def _choose(backend: Backend, note: Callable[[Run], None] | None) -> None:
+def _choose(backend: str, note: Callable[[Run], None] | None) -> None:
     _chosen.backend, _chosen.note = backend, note
-    _chosen.quiet = backend != "triton" and note is None
+    _chosen.quiet = backend in ("auto", "torch") and note is None
 
 
 @contextlib.contextmanager
 def backend(name: Backend) -> Iterator[None]:
     """Choose what runs inside the ``with`` block, in this thread.
 
-    - ``"auto"``, the default: the Triton kernels where they can run and should win, else PyTorch's operators;
-    - ``"triton"``: the kernels, or a RuntimeError with the reason why they cannot run;
+    - ``"auto"``, the default: the Triton kernels where they can run and were measured to win, and where
+      nothing was measured, where they should; else PyTorch's operators;
+    - ``"triton"``: the kernels throughout, or a RuntimeError with the reason why they cannot run;
     - ``"torch"``: PyTorch's operators.
 
     The backward of a layer runs on what its forward ran on. Activation checkpointing runs the forward again
@@ -82,6 +86,17 @@ def backend(name: Backend) -> Iterator[None]:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {name!r}")
     before = _chosen.backend
     _choose(name, _chosen.note)
+    try:
+        yield
+    finally:
+        _choose(before, _chosen.note)
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[None]:
+    """Inside, in this thread, the kernels' path is taken as "auto" takes it, worth it or not."""
+    before = _chosen.backend
+    _choose(_MEASURING, _chosen.note)
     try:
         yield
     finally:
@@ -108,7 +123,8 @@ def record(
 ) -> None:
     """Tell who listens, if there is somebody."""
     if _chosen.note is not None:
-        _chosen.note(Run(x, weights, biases, final_relu, reason))
+        basis = _why_fused(x, weights, biases, final_relu) if reason is None else None
+        _chosen.note(Run(x, weights, biases, final_relu, reason, basis))
 
 
 def forced() -> bool:
@@ -165,9 +181,10 @@ def why_not_fused_mlp(
     name = _chosen.backend
     if name == "torch":
         return "backend('torch') is in force"
-    reason = _why_impossible(x, weights, biases, torch.compiler.is_compiling())
+    compiling = torch.compiler.is_compiling()
+    reason = _why_impossible(x, weights, biases, compiling)
     if reason is None and name == "auto":
-        reason = _why_not_worth_it(x, weights, final_relu)
+        reason = _why_not_worth_it(x, weights, biases, final_relu, compiling)
     return reason
 
 
@@ -272,10 +289,75 @@ def _name(
     raise AssertionError("not one of the chain's parameters")
 
 
-def _why_not_worth_it(x: torch.Tensor, weights: Sequence[torch.Tensor], final_relu: bool) -> str | None:
+def as_compiled(run: Run) -> Run:
+    """The same stretch, as it is decided on where torch.compile traces it."""
+    stretch = run.x, run.weights, run.biases
+    if _chosen.backend != "auto" or _why_impossible(*stretch, False) is not None:
+        return run
+    reason = _why_not_worth_it(*stretch, run.final_relu, True)
+    return run._replace(reason=reason, basis=_BY_RULE if reason is None else None)
+
+
+_BY_RULE = "limited by memory and large enough to pay for the launches, by rule, not by measurement"
+
+
+def _why_fused(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    final_relu: bool,
+) -> str:
+    """On what the choice of the kernels rests."""
+    if forced():
+        return "backend('triton') is in force"
+    if _chosen.backend == _MEASURING:
+        return "they are being measured"
+    found = _measured(x, weights, biases, final_relu)
+    return _BY_RULE if found is None else found[1]
+
+
+def _measured(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    final_relu: bool,
+) -> tuple[bool, str] | None:
+    """Whether the kernels were measured to be faster than eager PyTorch, and the figures; None if unknown."""
+    table = kernels().table_of(x.device.index if x.is_cuda else None)
+    if not table.stretches:
+        return None
+    training = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, *weights, *biases)
+    )
+    mode = "training" if training else "inference"
+    kind = kernels().arithmetic(dtype_after_cast(x.dtype, autocast_dtype(x.device.type)))
+    rows = x.shape[:-1].numel()
+    found = table.stretch(mode, kind, rows, (x.shape[-1], *[w.shape[0] for w in weights]), final_relu)
+    if found is None:
+        return None
+    stretch, how = found
+    figures = (
+        f"measured {how} for {mode}, {stretch.us:.4g} us against PyTorch's {stretch.torch_us:.4g}, "
+        f"on {stretch.source}"
+    )
+    return stretch.us < _LEAST_GAIN * stretch.torch_us, figures
+
+
+def _why_not_worth_it(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    final_relu: bool,
+    compiled: bool,
+) -> str | None:
     count = len(weights)
     if count == 1 and not final_relu:
         return "a Linear without a ReLU leaves nothing to fuse"
+    # A compiler has more to fuse than eager PyTorch, against which was measured, and no number of rows.
+    if not compiled:
+        found = _measured(x, weights, biases, final_relu)
+        if found is not None:
+            return None if found[0] else f"the kernels are not faster: {found[1]}"
     # Of a chain the averages count.
     products = sum(weight.numel() for weight in weights)
     flops = 2 * x.shape[:-1].numel() * products
@@ -290,8 +372,6 @@ def _why_not_worth_it(x: torch.Tensor, weights: Sequence[torch.Tensor], final_re
         widths = " to ".join(map(str, [weights[0].shape[1], *(weight.shape[0] for weight in weights)]))
         what = "a layer" if count == 1 else "a chain"
         return f"{what} of {widths} is limited by arithmetic, where cuBLAS is trusted to be faster"
-    if not x.is_cuda:
-        return "TRITON_INTERPRET is set, and Triton's interpreter runs only under backend('triton')"
     return None
 
 
@@ -340,7 +420,7 @@ def has_triton() -> bool:
 
 def _interpreted(x: torch.Tensor) -> bool:
     """Whether the kernels can run on x, a CPU tensor: in Triton's interpreter, where that was asked for."""
-    return x.device.type == "cpu" and forced() and _interpreting()
+    return x.device.type == "cpu" and _chosen.backend in ("triton", _MEASURING) and _interpreting()
 
 
 def _interpreting() -> bool:

@@ -3,24 +3,23 @@
 import collections
 import contextlib
 import dataclasses
+import itertools
 import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from fusedmlp import _dispatch, nn
 from fusedmlp._deferred import LinearBeforeReLU
 from fusedmlp._dispatch import Run
 from fusedmlp._restore import left_as_it_was
+from fusedmlp._traffic import Figures, Launch, launched, measured, needs_of, unfused
 
 _KERNELS, _OPERATORS, _COMPILER = "Triton kernels", "PyTorch's operators", "torch.compile's own code"
 _WIDTH = 80
-
-_Launch = tuple[str, int]  # its name, and how many bytes it moves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +44,9 @@ class Row:
     """One stretch of layers that ran as one operation.
 
     layers: their names in the model; rows (M) and widths (K of the first layer, then each layer's N) of what
-    went through; reason: why not on the kernels, or None if on them; backward: None if nothing in the
-    stretch requires grad or grad mode was off.
+    went through; reason: why not on the kernels, or None if on them; basis: why on the kernels, or None if
+    not; backward: None if nothing in the stretch requires grad or grad mode was off; measured: of a stretch
+    on the kernels, what the choice of each product rests on, if it was measured on this device.
     """
 
     layers: tuple[str, ...]
@@ -56,8 +56,10 @@ class Row:
     dtype: str
     device: str
     reason: str | None
+    basis: str | None
     forward: Pass
     backward: Pass | None
+    measured: tuple[Figures, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,11 +202,14 @@ class _Rows:
     def note(self, run: Run) -> None:
         layers = tuple(map(self.name, run.weights, run.biases))
         compiled = not self.compiled.isdisjoint(("" if name == "(the model)" else name) for name in layers)
+        if compiled:
+            run = _dispatch.as_compiled(run)
         if compiled and not self.waiting.isdisjoint(layers):
             if _dispatch.forced():
                 run = run._replace(final_relu=False)
             else:
-                run = run._replace(reason="torch.compile sees the ReLU in the forward that calls this layer")
+                sees = "torch.compile sees the ReLU in the forward that calls this layer"
+                run = run._replace(reason=sees, basis=None)
         self.rows.append(_row(run, layers, compiled))
 
     def name(self, weight: torch.Tensor, bias: torch.Tensor | None) -> str:
@@ -213,23 +218,6 @@ class _Rows:
         names = [name for name in of_weight if name in of_bias] or of_weight or of_bias
         self.ran.update(names)
         return (names[0] or "(the model)") if names else "(unnamed)"
-
-
-class _Needs(NamedTuple):
-    """Which gradients a stretch's backward computes, and the lowest layer that has one to compute."""
-
-    lowest: int
-    x: bool
-    weights: list[bool]
-    biases: list[bool]
-
-
-def _needs(run: Run) -> _Needs | None:
-    x = run.x.requires_grad
-    weights = [weight.requires_grad for weight in run.weights]
-    biases = [bias is not None and bias.requires_grad for bias in run.biases]
-    layers = [i for i, (w, b) in enumerate(zip(weights, biases, strict=True)) if x or w or b]
-    return _Needs(layers[0], x, weights, biases) if layers and torch.is_grad_enabled() else None
 
 
 def _row(run: Run, layers: tuple[str, ...], compiled: bool) -> Row:
@@ -245,76 +233,26 @@ def _row(run: Run, layers: tuple[str, ...], compiled: bool) -> Row:
     shapes = [(weight.shape[-1:].numel(), weight.shape[:-1].numel()) for weight in run.weights]
     K = shapes[0][0]
     M = run.x.numel() // K if K else run.x.shape[:-1].numel()
-    needs = _needs(run)
-    unfused = [_names_and_bytes(launches) for launches in _unfused(M, shapes, run, needs)]
+    needs = needs_of(run)
+    eager = [_names_and_bytes(launches) for launches in unfused(M, shapes, run, needs)]
     backend: str
     here: Sequence[tuple[Any, Any]]
     if run.reason is None:
-        backend, here = _KERNELS, [_names_and_bytes(launches) for launches in _launches(run, needs)]
+        backend, here = _KERNELS, [_names_and_bytes(launches) for launches in launched(run, needs)]
     elif compiled:
         backend, here = _COMPILER, [(None, None)] * 2
     else:
-        backend, here = _OPERATORS, unfused
-    forward, backward = (Pass(backend, *one, *eager) for one, eager in zip(here, unfused, strict=True))
+        backend, here = _OPERATORS, eager
+    forward, backward = (Pass(backend, *one, *other) for one, other in zip(here, eager, strict=True))
     name, widths = str(run.x.dtype).removeprefix("torch."), (K, *(N for _, N in shapes))
     return Row(
-        layers, M, widths, run.final_relu, name, str(run.x.device), run.reason,
-        forward, backward if needs else None,
+        layers, M, widths, run.final_relu, name, str(run.x.device), run.reason, run.basis,
+        forward, backward if needs else None, measured(run, M, shapes, needs),
     )  # fmt: skip
 
 
-def _names_and_bytes(launches: Sequence[_Launch]) -> tuple[tuple[str, ...], int]:
+def _names_and_bytes(launches: Sequence[Launch]) -> tuple[tuple[str, ...], int]:
     return tuple(name for name, _ in launches), sum(moved for _, moved in launches)
-
-
-def _unfused(
-    M: int, shapes: Sequence[tuple[int, int]], run: Run, needs: _Needs | None
-) -> tuple[list[_Launch], list[_Launch]]:
-    """PyTorch's operators of forward and backward, each with the bytes that it reads and writes."""
-    last = len(shapes) - 1
-    relu = [run.final_relu or i < last for i in range(len(shapes))]
-    one = run.x.element_size()
-    forward: list[_Launch] = []
-    backward: list[_Launch] = []
-    for i, (K, N) in enumerate(shapes):
-        forward.append(("linear", one * (M * K + N * K + (N if run.biases[i] is not None else 0) + M * N)))
-        if relu[i]:
-            forward.append(("relu", one * 2 * M * N))
-    if needs is None:
-        return forward, backward
-    for i in range(last, needs.lowest - 1, -1):
-        K, N = shapes[i]
-        if relu[i]:
-            backward.append(("threshold_backward", one * 3 * M * N))
-        products = (i > needs.lowest or needs.x) + needs.weights[i]
-        backward += [("mm", one * (M * N + N * K + M * K))] * products
-        if needs.biases[i]:
-            backward.append(("sum", one * (M * N + N)))
-    return forward, backward
-
-
-def _bytes_of(args: tuple[Any, ...]) -> int:
-    """What a kernel with these arguments reads and writes, if each tensor once."""
-    return sum(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, torch.Tensor))
-
-
-def _launches(run: Run, needs: _Needs | None) -> tuple[list[_Launch], list[_Launch]]:
-    """The kernels of forward and backward, by a dry run of what FusedMLP does with these tensors."""
-    kernels, x, count = _dispatch.kernels(), run.x.detach(), len(run.weights)
-    x = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    keep = max(0, needs.lowest - 1) if needs else count - 1
-    forward: list[_Launch] = []
-    backward: list[_Launch] = []
-    with kernels.dry_run(lambda name, args: forward.append((name, _bytes_of(args)))):
-        ys = kernels.mlp_forward(x, run.weights, run.biases, run.final_relu, keep=keep)
-    if needs is None:
-        return forward, backward
-    lowest = needs.lowest
-    activations = [None] * lowest + ([x, *ys] if lowest == 0 else ys)
-    # The output stands for the gradient that comes in: of its shape, and nothing is written to.
-    with kernels.dry_run(lambda name, args: backward.append((name, _bytes_of(args)))):
-        kernels.mlp_backward(ys[-1], activations, run.weights, run.final_relu, *needs)
-    return forward, backward
 
 
 _HEAD = (
@@ -360,8 +298,10 @@ def _lines_of(rows: list[Row]) -> str:
         )
         counts = collections.Counter(times * one.launches)
         lines.append(_paragraph(", ".join(f"{n} {name}" for name, n in counts.items()), " "))
-    if row.reason is not None:
-        lines.append(_paragraph(row.reason, "why"))
+    lines.append(_paragraph(row.reason or row.basis or "", "why"))
+    for layer, of_layer in itertools.groupby(row.measured, lambda figures: figures.layer):
+        figures = ", ".join(f"{f.operation} {f.us:.4g} us (PyTorch {f.torch_us:.4g})" for f in of_layer)
+        lines.append(_paragraph(f"layer {layer}: {figures}", "measured"))
     return "\n".join(lines)
 
 

@@ -16,9 +16,10 @@ def mlp_forward(
     biases: Sequence[torch.Tensor | None],
     final_relu: bool,
     keep: int,
+    forced: bool,
 ) -> list[torch.Tensor]:
     """``kernels.mlp_forward``, x (M, K)."""
-    ys: list[torch.Tensor] = _forward(x, list(weights), list(biases), final_relu, keep)
+    ys: list[torch.Tensor] = _forward(x, list(weights), list(biases), final_relu, keep, forced)
     return ys
 
 
@@ -31,13 +32,14 @@ def mlp_backward(
     need_x: bool,
     need_weights: Sequence[bool],
     need_biases: Sequence[bool],
+    forced: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
     """``kernels.mlp_backward``: None where no gradient is needed, which an operator cannot return."""
     needs = [need_x, *need_weights, *need_biases]
     found = iter(
         _backward(
             grad_output, list(activations), list(weights), final_relu, lowest,
-            need_x, list(need_weights), list(need_biases),
+            need_x, list(need_weights), list(need_biases), forced,
         )
     )  # fmt: skip
     grads = [next(found) if need else None for need in needs]
@@ -48,7 +50,8 @@ def mlp_backward(
 @torch.library.custom_op(
     "fusedmlp::mlp_forward",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, Tensor?[] biases, bool final_relu, int keep) -> Tensor[]",
+    schema="(Tensor x, Tensor[] weights, Tensor?[] biases, bool final_relu, int keep, bool forced) "
+    "-> Tensor[]",
 )
 def _forward(
     x: torch.Tensor,
@@ -56,8 +59,9 @@ def _forward(
     biases: list[torch.Tensor | None],
     final_relu: bool,
     keep: int,
+    forced: bool,
 ) -> list[torch.Tensor]:
-    ys: list[torch.Tensor] = _dispatch.kernels().mlp_forward(x, weights, biases, final_relu, keep=keep)
+    ys: list[torch.Tensor] = _dispatch.kernels().mlp_forward(x, weights, biases, final_relu, keep, forced)
     return ys
 
 
@@ -68,15 +72,16 @@ def _(
     biases: list[torch.Tensor | None],
     final_relu: bool,
     keep: int,
+    forced: bool,
 ) -> list[torch.Tensor]:
-    return _reference.mlp_forward(x, weights, biases, final_relu, keep)
+    return _reference.mlp_forward(x, weights, biases, final_relu, keep, forced)
 
 
 @torch.library.custom_op(
     "fusedmlp::mlp_backward",
     mutates_args=(),
     schema="(Tensor grad_output, Tensor?[] activations, Tensor?[] weights, bool final_relu, int lowest, "
-    "bool need_x, bool[] need_weights, bool[] need_biases) -> Tensor[]",
+    "bool need_x, bool[] need_weights, bool[] need_biases, bool forced) -> Tensor[]",
 )
 def _backward(
     grad_output: torch.Tensor,
@@ -87,9 +92,10 @@ def _backward(
     need_x: bool,
     need_weights: list[bool],
     need_biases: list[bool],
+    forced: bool,
 ) -> list[torch.Tensor]:
     grad_x, grad_weights, grad_biases = _dispatch.kernels().mlp_backward(
-        grad_output, activations, weights, final_relu, lowest, need_x, need_weights, need_biases
+        grad_output, activations, weights, final_relu, lowest, need_x, need_weights, need_biases, forced
     )
     return _those_needed(grad_x, grad_weights, grad_biases)
 
@@ -104,10 +110,11 @@ def _(
     need_x: bool,
     need_weights: list[bool],
     need_biases: list[bool],
+    forced: bool,
 ) -> list[torch.Tensor]:
     return _those_needed(
         *_reference.mlp_backward(
-            grad_output, activations, weights, final_relu, lowest, need_x, need_weights, need_biases
+            grad_output, activations, weights, final_relu, lowest, need_x, need_weights, need_biases, forced
         )
     )
 

@@ -48,6 +48,7 @@ def mlp_forward(
     biases: Sequence[torch.Tensor | None],
     final_relu: bool,
     keep: int,
+    forced: bool = False,
 ) -> list[torch.Tensor]:
     """``x (..., K)`` through each ``weight (N, K)``, a ReLU between them and, if ``final_relu``, after the
     last: the outputs ``(..., N)`` of the layers from number ``keep`` on."""
@@ -72,6 +73,7 @@ def mlp_backward(
     need_x: bool,
     need_weights: Sequence[bool],
     need_biases: Sequence[bool],
+    forced: bool = False,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
     """``(grad_x, grad_weights, grad_biases)``, each None where it is not needed.
 

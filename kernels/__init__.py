@@ -11,7 +11,8 @@ if __name__ == "kernels":
         "run Python from outside the fusedmlp checkout."
     )
 
-from ._launch import dry_run, interpreting
+from ._launch import arithmetic, dry_run, interpreting
+from ._table import table_of
 from .mlp import mlp_backward, mlp_forward
 
-__all__ = ["dry_run", "interpreting", "mlp_backward", "mlp_forward"]
+__all__ = ["arithmetic", "dry_run", "interpreting", "mlp_backward", "mlp_forward", "table_of"]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from ._table import Table, table_of
 from ._tiles import GROUP, ITEMSIZE, Tile
 
 # Passed to every launch. Fused multiply-add is Triton's default up to 3.9; said here so that a release
@@ -59,6 +60,11 @@ def dry_run(note: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
         _dry_run.note = before
 
 
+def listener() -> Callable[[str, tuple[Any, ...]], None] | None:
+    """Who is to be told of one of PyTorch's operators instead of running it, if this is a dry run."""
+    return _dry_run.note
+
+
 # Triton's interpreter keeps what it works on in globals of triton.language: one thread at a time, and no fork
 # in the middle.
 _one_at_a_time = threading.Lock() if interpreting() else None
@@ -96,6 +102,20 @@ class Setting:
     kind: str  # which row of the tile table
     upcast: bool  # Triton's interpreter computes bfloat16 products wrongly
     device: Device
+    table: Table  # what was measured on this device
+    forced: bool  # the kernels throughout, also where PyTorch's operator was measured to be faster
+
+    def measured(
+        self, operation: str, M: int, N: int, K: int, regular: bool, tile: Tile | None
+    ) -> tuple[Tile | None, bool]:
+        """The tile that was fastest for a product of a layer's, None where that is not known, and whether
+        PyTorch's operator was faster still. tile: that one, whatever was measured."""
+        if tile is not None:
+            return tile, False
+        product = self.table.product(operation, self.kind, M, N, K)
+        if product is None or regular != (is_aligned(N) and is_aligned(K)):
+            return None, False
+        return product.tile, product.torch_us < product.us and not self.forced
 
     def product_options(self, tile: Tile) -> dict[str, Any]:
         """The options of every product: how the tile is compiled and which arithmetic it uses."""
@@ -119,10 +139,11 @@ class Setting:
 _setting = functools.cache(Setting)
 
 
-def setting_of(x: torch.Tensor) -> Setting:
+def setting_of(x: torch.Tensor, forced: bool = False) -> Setting:
     """The setting of a chain that starts with x, or ends with the gradient x."""
     upcast = x.dtype == torch.bfloat16 and interpreting()
-    return _setting(arithmetic(x.dtype), upcast, device_limits(x.device.index if x.is_cuda else None))
+    index = x.device.index if x.is_cuda else None
+    return _setting(arithmetic(x.dtype), upcast, device_limits(index), table_of(index), forced)
 
 
 # Choosing a tile and a grid costs as much time on the CPU as launching: each launcher remembers its choices

@@ -47,6 +47,13 @@ DESCRIPTOR_TILES: dict[str, tuple[Tile, ...]] = {
     "ieee": (),
 }
 
+# Among which a measurement chooses, for each operation; all pass tests/test_codegen.py.
+CANDIDATES: dict[str, dict[str, tuple[Tile, ...]]] = {
+    "forward": TILES,
+    "grad_input": {kind: TILES[kind] + DESCRIPTOR_TILES[kind] for kind in TILES},
+    "grad_weight": TILES,
+}
+
 ITEMSIZE = {"half": 2, "tf32": 4, "ieee": 4}
 GROUP = 8  # tiles of rows that run together, see _gemm.tile_position
 
@@ -89,3 +96,21 @@ def select_splits(tiles: int, reduction: int, num_sms: int) -> int:
     Depends on sizes and chip alone, so that the same call adds in the same order, always.
     """
     return max(1, min(num_sms // tiles, most_splits(reduction)))
+
+
+def candidates(
+    operation: str, kind: str, regular: bool, shared_memory: int, descriptors: bool
+) -> tuple[Tile, ...]:
+    """Those that a device can run.
+
+    shared_memory: bytes that a program may use there; descriptors: whether it has them (sm_90 and newer).
+    """
+    if not regular:
+        return (IRREGULAR[kind],)
+    # A KB for barriers, which the compiler adds.
+    return tuple(
+        tile
+        for tile in CANDIDATES[operation][kind]
+        if tile.shared_memory(ITEMSIZE[kind]) + 1024 <= shared_memory
+        and (descriptors or not tile.descriptors)
+    )

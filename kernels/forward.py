@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from ._gemm import tile_position, tile_product, tile_range
-from ._launch import PLANS, Setting, launch
-from ._tiles import count_tiles, select_tile
+from ._launch import PLANS, Setting, launch, listener
+from ._tiles import Tile, count_tiles, select_tile
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -65,9 +65,14 @@ def _linear_forward_kernel(
 
 
 @functools.lru_cache(PLANS)
-def _plan(M: int, N: int, relu: bool, regular: bool, setting: Setting) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and options for these sizes."""
-    tile = select_tile([(M, N)], setting.kind, regular, setting.device.num_sms)
+def _plan(
+    M: int, N: int, K: int, relu: bool, regular: bool, setting: Setting, tile: Tile | None
+) -> tuple[tuple[int], dict[str, Any]] | None:
+    """Grid and options for these sizes, or None where PyTorch's operators are faster."""
+    tile, by_torch = setting.measured("forward", M, N, K, regular, tile)
+    if by_torch:
+        return None
+    tile = tile or select_tile([(M, N)], setting.kind, regular, setting.device.num_sms)
     blocks = {"BLOCK_M": tile.BLOCK_R, "BLOCK_N": tile.BLOCK_C, "BLOCK_K": tile.BLOCK_K, "WIDE": not regular}
     blocks["RELU"] = relu
     return setting.programs(count_tiles([(M, N)], tile), tile), blocks | setting.product_options(tile)
@@ -80,19 +85,37 @@ def linear_forward(
     relu: bool,
     regular: bool,
     setting: Setting,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
     """``x (M, K) @ weight.T (K, N) + bias (N,)``, then ReLU if asked: ``(M, N)``, contiguous.
 
     float32, float16 or bfloat16, the same for all, any strides. Sums, bias and ReLU are in float32 and
     rounded once; float32 products are IEEE unless torch's settings allow TF32. NaN stays NaN under ReLU.
-    regular: x, weight and the result are, see is_regular.
+    regular: x, weight and the result are, see is_regular. tile: another than the measured one or the table's
+    choice, for tests and timings.
     """
     M, K = x.shape
     N = weight.shape[0]
-    y = x.new_empty(M, N)
     if M == 0 or N == 0:
-        return y
-    grid, options = _plan(M, N, relu, regular, setting)
+        return x.new_empty(M, N)
+    plan = _plan(M, N, K, relu, regular, setting, tile)
+    if plan is None:
+        return _by_torch(x, weight, bias, relu)
+    grid, options = plan
+    y = x.new_empty(M, N)
     strides = *x.stride(), *weight.stride(), 1 if bias is None else bias.stride(0)
     launch(_linear_forward_kernel, grid, x, (x, weight, bias, y, M, N, K, *strides), options)
+    return y
+
+
+def _by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool) -> torch.Tensor:
+    """The same by PyTorch's operators. Not by cuBLAS's own epilogue, whose ReLU makes 0 of NaN."""
+    note = listener()
+    if note is None:
+        y = torch.nn.functional.linear(x, weight, bias)
+        return y.relu_() if relu else y
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    note("linear", (x, weight, bias, y))
+    if relu:
+        note("relu_", (y, y))
     return y

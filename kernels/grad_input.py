@@ -13,9 +13,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._gemm import tile_position, tile_product, tile_range
-from ._launch import PLANS, Setting, launch
+from ._launch import PLANS, Setting, launch, listener
 from ._partials import Sums, parts_of
 from ._tiles import Tile, cdiv, count_tiles, select_tile
+from .relu_backward import relu_backward
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -116,9 +117,12 @@ def _grad_input_descriptor_kernel(
 
 @functools.lru_cache(PLANS)
 def _plan(
-    M: int, K: int, regular: bool, setting: Setting, tile: Tile | None
-) -> tuple[Tile, tuple[int], dict[str, Any]]:
-    """Tile, grid and options for these sizes."""
+    M: int, N: int, K: int, regular: bool, setting: Setting, tile: Tile | None
+) -> tuple[Tile, tuple[int], dict[str, Any]] | None:
+    """Tile, grid and options for these sizes, or None where PyTorch's operator is faster."""
+    tile, by_torch = setting.measured("grad_input", M, N, K, regular, tile)
+    if by_torch:
+        return None
     tile = tile or select_tile([(M, K)], setting.kind, regular, setting.device.num_sms)
     blocks = {"BLOCK_M": tile.BLOCK_R, "BLOCK_K": tile.BLOCK_C, "BLOCK_N": tile.BLOCK_K}
     options = blocks | setting.product_options(tile)
@@ -143,13 +147,17 @@ def grad_input(
 
     With y (M, K), the output of the ReLU below: 0 where y <= 0, and if ``need_grad_bias`` the second result
     is the bias gradient (K,) of the layer below, complete once ``add_up(sums)`` has run. regular: all that is
-    read is, see is_regular. tile: another than the table's choice, for tests and timings.
+    read is, see is_regular. tile: another than the measured one or the table's choice, for tests and timings.
     """
     M, N = grad_z.shape
     K = weight.shape[1]
+    plan = _plan(M, N, K, regular, setting, tile)
+    if plan is None:
+        grad_x = _by_torch(grad_z, weight)
+        return (grad_x, None) if y is None else relu_backward(grad_x, y, need_grad_bias, setting, sums, True)
+    tile, grid, options = plan
     grad_x = grad_z.new_empty(M, K)
     grad_bias = grad_z.new_empty(K) if need_grad_bias else None
-    tile, grid, options = _plan(M, K, regular, setting, tile)
     partials = None if grad_bias is None else parts_of(grad_bias, cdiv(M, tile.BLOCK_R), sums)
     if M == 0 or K == 0:
         return grad_x, grad_bias
@@ -167,3 +175,13 @@ def grad_input(
         args = (grad_z, weight, y, grad_x, partials, M, N, K, *strides)
         launch(_grad_input_kernel, grid, grad_z, args, options)
     return grad_x, grad_bias
+
+
+def _by_torch(grad_z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The product alone, by PyTorch's operator."""
+    note = listener()
+    if note is None:
+        return torch.mm(grad_z, weight)
+    grad_x = grad_z.new_empty(grad_z.shape[0], weight.shape[1])
+    note("mm", (grad_z, weight, grad_x))
+    return grad_x

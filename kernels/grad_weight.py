@@ -6,6 +6,7 @@ along.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,9 @@ import triton
 import triton.language as tl
 
 from ._gemm import tile_position, tile_product, tile_range
-from ._launch import PLANS, Setting, launch
+from ._launch import PLANS, Setting, launch, listener
 from ._partials import Sums, parts_of
-from ._tiles import IRREGULAR, cdiv, count_tiles, most_splits, select_splits, select_tile
+from ._tiles import IRREGULAR, Tile, cdiv, count_tiles, most_splits, select_splits, select_tile
 from .relu_backward import BLOCK_M, BLOCK_N, chunks_of, relu_backward, relu_backward_chunk
 
 
@@ -149,12 +150,17 @@ def _plan(
     odd_sizes: tuple[tuple[int, int], ...],
     chunks: int,
     setting: Setting,
+    tile: Tile | None,
 ) -> _Plan:
     """For layers of these sizes (N, K), regular and not, and with so many parts of a bias gradient."""
     num_sms = setting.device.num_sms
     odd_tile = IRREGULAR[setting.kind]
-    # One program's warps and stages are those of the larger tile.
-    tile = select_tile(sizes, setting.kind, True, num_sms, most_splits(M)) if sizes else odd_tile
+    # One program's warps and stages are those of the larger tile, and that of the largest layer.
+    if sizes:
+        tile, _ = setting.measured("grad_weight", M, *max(sizes, key=math.prod), True, tile)
+        tile = tile or select_tile(sizes, setting.kind, True, num_sms, most_splits(M))
+    else:
+        tile = odd_tile
     tiles = count_tiles(sizes, tile) + count_tiles(odd_sizes, odd_tile)
     splits = select_splits(tiles, M, num_sms)
     rows_per_split = cdiv(cdiv(M, splits), tile.BLOCK_K) * tile.BLOCK_K
@@ -171,6 +177,7 @@ def _one_launch(
     grad_bias: torch.Tensor | None,
     setting: Setting,
     sums: Sums,
+    tile: Tile | None,
 ) -> None:
     """At most MOST_AT_ONCE layers, none of them empty, and a bias gradient."""
     M = layers[0].x.shape[0]
@@ -185,7 +192,7 @@ def _one_launch(
         partials = parts_of(grad_bias, chunks, sums)
     plan = _plan(
         M, tuple([layer.grad.shape for layer in regular]), tuple([layer.grad.shape for layer in odd]),
-        chunks * blocks, setting,
+        chunks * blocks, setting, tile,
     )  # fmt: skip
     args = (
         _arguments(regular, plan.splits, sums), _arguments(odd, plan.splits, sums),
@@ -209,16 +216,29 @@ def _arguments(layers: Sequence[Layer], splits: int, sums: Sums) -> tuple[object
     )
 
 
+@functools.lru_cache(PLANS)
+def _by_torch(M: int, N: int, K: int, regular: bool, setting: Setting) -> bool:
+    """Whether PyTorch's operator is faster for a layer of these sizes."""
+    return setting.measured("grad_weight", M, N, K, regular, None)[1]
+
+
 def grad_weights(
-    layers: Sequence[Layer], bias_left: torch.Tensor | None, setting: Setting, sums: Sums
+    layers: Sequence[Layer],
+    bias_left: torch.Tensor | None,
+    setting: Setting,
+    sums: Sums,
+    tile: Tile | None = None,
 ) -> torch.Tensor | None:
     """``grad_z.T (N, M) @ x (M, K)`` into each layer's ``grad (N, K)``.
 
     One M and one dtype for all, and the elements of a row side by side (stride 1). bias_left: a grad_z (M, N)
     whose rows are to be summed as well, to the result ``(N,)``. All are complete once ``add_up(sums)`` has
-    run, and the same bits every time: partial sums are added in a fixed order, without atomics.
+    run, and the same bits every time: partial sums are added in a fixed order, without atomics. tile: another
+    than the measured one or the table's choice for regular layers, for tests and timings.
     """
     work = [layer for layer in layers if layer.grad.numel()]
+    if setting.table.products and tile is None:
+        work = [layer for layer in work if not _done_by_torch(layer, setting)]
     if bias_left is None:
         grad_bias = None
     elif work and bias_left.shape[1]:
@@ -228,5 +248,18 @@ def grad_weights(
         bias_left = None
     for first in range(0, len(work), MOST_AT_ONCE):
         now = work[first : first + MOST_AT_ONCE]
-        _one_launch(now, None if first else bias_left, grad_bias, setting, sums)
+        _one_launch(now, None if first else bias_left, grad_bias, setting, sums, tile)
     return grad_bias
+
+
+def _done_by_torch(layer: Layer, setting: Setting) -> bool:
+    """Whether PyTorch's operator is faster here; then it has run."""
+    M, K = layer.x.shape
+    if not _by_torch(M, layer.grad_z.shape[1], K, layer.regular, setting):
+        return False
+    note = listener()
+    if note is None:
+        torch.mm(layer.grad_z.t(), layer.x, out=layer.grad)
+    else:
+        note("mm", (layer.grad_z, layer.x, layer.grad))
+    return True

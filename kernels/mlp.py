@@ -27,13 +27,15 @@ def mlp_forward(
     biases: Sequence[torch.Tensor | None],
     final_relu: bool,
     keep: int,
+    forced: bool = False,
 ) -> list[torch.Tensor]:
     """``x (M, K)`` through each ``weight (N, K)``, ReLU between them and, if ``final_relu``, after the last.
 
     The outputs ``(M, N)``, contiguous, of the layers from number ``keep`` on: backward needs those, inference
-    only the last. Dtypes and strides as in linear_forward.
+    only the last. Dtypes and strides as in linear_forward. Products for which PyTorch's operator was measured
+    to be faster run on that, unless ``forced``.
     """
-    setting = setting_of(x)
+    setting = setting_of(x, forced)
     last = len(weights) - 1
     x_regular = is_regular(x)
     ys = []
@@ -57,15 +59,16 @@ def mlp_backward(
     need_x: bool,
     need_weights: Sequence[bool],
     need_biases: Sequence[bool],
+    forced: bool = False,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
     """``(grad_x, grad_weights, grad_biases)``, each None where it is not needed.
 
     grad_output (M, N) of any strides; activations: x and every layer's output, None for those that are not
     looked at: below the layer ``lowest``, the lowest that needs a gradient (0 for x), there is nothing to do.
-    Nothing that comes in is written to.
+    Nothing that comes in is written to. forced: as in mlp_forward.
     """
     count = len(weights)
-    setting = setting_of(grad_output)
+    setting = setting_of(grad_output, forced)
     grad_x = None
     grads_w: list[torch.Tensor | None] = [None] * count
     grads_b: list[torch.Tensor | None] = [None] * count

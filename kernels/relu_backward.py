@@ -93,16 +93,22 @@ def chunks_of(M: int, N: int, num_sms: int) -> tuple[int, int, int]:
 
 
 def relu_backward(
-    grad_output: torch.Tensor, y: torch.Tensor | None, need_grad_bias: bool, setting: Setting, sums: Sums
+    grad_output: torch.Tensor,
+    y: torch.Tensor | None,
+    need_grad_bias: bool,
+    setting: Setting,
+    sums: Sums,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``(grad_z (M, N), grad_bias (N,) or None)`` from grad_output (M, N) of any strides and the output y.
 
-    grad_z is new and contiguous; neither argument is written to. Without y there was no ReLU, and grad_z is
-    grad_output itself. grad_bias is grad_z summed over the rows in float32, in a fixed order, rounded once;
-    it is complete once ``add_up(sums)`` has run.
+    grad_z is new and contiguous, and neither argument is written to, unless ``in_place``: then grad_output is
+    contiguous and becomes grad_z. Without y there was no ReLU, and grad_z is grad_output itself. grad_bias is
+    grad_z summed over the rows in float32, in a fixed order, rounded once; it is complete once
+    ``add_up(sums)`` has run.
     """
     M, N = grad_output.shape
-    grad_z = grad_output if y is None else grad_output.new_empty(M, N)
+    grad_z = grad_output if y is None or in_place else grad_output.new_empty(M, N)
     grad_bias = grad_output.new_empty(N) if need_grad_bias else None
     if N == 0:
         return grad_z, grad_bias

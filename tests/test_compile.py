@@ -203,13 +203,14 @@ def test_operators_keep_torch_librarys_rules(final_relu: bool, device: torch.dev
     biases = [torch.randn(6, device=device), None]
     x = torch.randn(9, 7, device=device)
     checks = torch.library.opcheck(
-        torch.ops.fusedmlp.mlp_forward.default, (x, weights, biases, final_relu, 0)
+        torch.ops.fusedmlp.mlp_forward.default, (x, weights, biases, final_relu, 0, True)
     )
     assert set(checks.values()) == {"SUCCESS"}
-    ys = _ops.mlp_forward(x, weights, biases, final_relu, 0)
+    ys = _ops.mlp_forward(x, weights, biases, final_relu, 0, True)
     grad_output = torch.randn(3, 9, device=device).t()
     for need_x in (True, False):
-        arguments = (grad_output, [x, *ys], weights, final_relu, 0, need_x, [True, True], [need_x, False])
+        needs = need_x, [True, True], [need_x, False]
+        arguments = (grad_output, [x, *ys], weights, final_relu, 0, *needs, True)
         checks = torch.library.opcheck(torch.ops.fusedmlp.mlp_backward.default, arguments)
         assert set(checks.values()) == {"SUCCESS"}
 
