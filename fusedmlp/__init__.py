@@ -12,6 +12,7 @@ if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
 from fusedmlp import convert, functional, nn
 from fusedmlp._dispatch import backend
 from fusedmlp._explain import explain
+from fusedmlp._tune import tune
 from fusedmlp._verify import verify
 from fusedmlp._version import __version__
 from fusedmlp.convert import fuse, unfuse
@@ -29,6 +30,7 @@ __all__ = [
     "functional",
     "fuse",
     "nn",
+    "tune",
     "unfuse",
     "verify",
 ]

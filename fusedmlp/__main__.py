@@ -9,7 +9,7 @@ import re
 import torch
 
 import fusedmlp
-from fusedmlp import _dispatch, nn
+from fusedmlp import _dispatch, _tune, nn
 from fusedmlp.functional import why_not_fused
 
 DTYPES = {
@@ -68,7 +68,11 @@ def main() -> int:
         help="fp32, bf16 or fp16 (default: fp32)",
     )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    subparsers = parser.add_subparsers(title="or", metavar="tune")
+    _tune.add_parser(subparsers, DTYPES)
     options = parser.parse_args()
+    if "run" in options:
+        return int(options.run(options))
     try:
         widths = [int(width) for width in re.split("[, ]+", " ".join(options.mlp).strip(", "))]
     except ValueError:

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ._tiles import CANDIDATES, IRREGULAR, Tile
+from ._tiles import CANDIDATES, IRREGULAR, OPERATIONS, Tile
 
 FORMAT = 1
-OPERATIONS = ("forward", "grad_input", "grad_weight")
 MODES = ("inference", "training")
 
 
@@ -92,6 +91,10 @@ class Table:
                 self._found.clear()
             found = self._found[key] = self._look_up(mode, kind, bucket(M), widths, final_relu)
             return found
+
+    def joined(self, other: "Table") -> "Table":
+        """This one, and on top of it the other."""
+        return Table(self.products | other.products, self.stretches | other.stretches)
 
     def _look_up(
         self, mode: str, kind: str, rows: int, widths: tuple[int, ...], final_relu: bool
@@ -273,8 +276,7 @@ def _read(index: int | None) -> Table:
     both = Table()
     for table in (ours, theirs):
         if table is not None:
-            both.products |= table.products
-            both.stretches |= table.stretches
+            both = both.joined(table)
     return both
 
 
@@ -290,4 +292,10 @@ forget: Callable[[], None] = table_of.cache_clear  # the files have changed
 def agree(index: int | None, table: Table) -> None:
     """From now on use this table and no file of the user's."""
     _agreed[index] = table
+    forget()
+
+
+def disagree(index: int | None) -> None:
+    """Back to the files."""
+    _agreed.pop(index, None)
     forget()

@@ -47,6 +47,8 @@ DESCRIPTOR_TILES: dict[str, tuple[Tile, ...]] = {
     "ieee": (),
 }
 
+OPERATIONS = ("forward", "grad_input", "grad_weight")
+
 # Among which a measurement chooses, for each operation; all pass tests/test_codegen.py.
 CANDIDATES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "forward": TILES,

@@ -1,7 +1,10 @@
 """Where kernels run: on the GPU if there is one, else in Triton's interpreter, else not at all."""
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 from typing import Any
 
 import pytest
@@ -11,6 +14,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON and not torch.cuda.is_available():
     # Before anything imports the kernels: Triton reads it when it decorates them.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What a user has measured on this machine changes no test, and no test changes that.
+os.environ["XDG_CACHE_HOME"] = _CACHE = tempfile.mkdtemp(prefix="fusedmlp-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
 torch.set_num_threads(1)  # pytest-xdist uses the cores; and sums in one order
 

@@ -1,0 +1,392 @@
+"""Measure products and stretches of layers on this device, and keep what was found."""
+
+import dataclasses
+import datetime
+import os
+import pathlib
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from fusedmlp import _dispatch, functional
+from fusedmlp._measure import compare
+from fusedmlp._version import __version__
+
+_ROUNDS = 5  # of which the median counts
+
+
+class Product(NamedTuple):
+    """One product of a layer ``weight (N, K)`` on ``rows``; tile: our fastest, None if all were wrong."""
+
+    operation: str
+    rows: int
+    N: int
+    K: int
+    tile: str | None
+    us: float | None
+    torch_us: float
+    problem: str | None  # of the tiles that were not right
+
+
+class Stretch(NamedTuple):
+    """One stretch as a whole, ``mode`` "inference" or "training", launching included."""
+
+    mode: str
+    rows: int
+    widths: tuple[int, ...]
+    final_relu: bool
+    us: float
+    torch_us: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What :func:`tune` measured: ``str()`` of it is a table for a terminal, ``to_dict()`` is plain data.
+
+    Times are microseconds, ``torch_us`` those of eager PyTorch; left_out: shapes for which there was no time
+    or no memory, and why; path: the file that holds all of it.
+    """
+
+    device: str
+    dtype: str
+    products: tuple[Product, ...]
+    stretches: tuple[Stretch, ...]
+    left_out: tuple[str, ...]
+    path: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Dicts, tuples, strings and numbers, fit for ``json.dumps``."""
+        return dataclasses.asdict(self) | {
+            "products": [product._asdict() for product in self.products],
+            "stretches": [stretch._asdict() for stretch in self.stretches],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.device}, {self.dtype}"]
+        if self.device == "interpreter":
+            lines.append("Triton's interpreter: these times mean nothing.")
+        if self.products:
+            lines += [
+                "",
+                f"{'one product':<34}{'kernels us':>11}{'PyTorch us':>11}{'ratio':>7}  {'tile':<14}",
+            ]
+        for p in self.products:
+            what = f"{p.operation} {p.rows} x {p.K} -> {p.N}"
+            lines.append(f"{what:<34}{_row(p.us, p.torch_us)}  {p.tile or 'none'}")
+            lines += [f"    {p.problem}"] if p.problem else []
+        if self.stretches:
+            lines += [
+                "",
+                f"{'a stretch, with launching':<34}{'kernels us':>11}{'PyTorch us':>11}{'ratio':>7}",
+            ]
+        for s in self.stretches:
+            what = f"{s.mode} {s.rows} x {'-'.join(map(str, s.widths))}{' ReLU' if s.final_relu else ''}"
+            lines.append(f"{what:<34}{_row(s.us, s.torch_us)}")
+        if not self.products and not self.stretches:
+            lines.append("Everything asked for is in the table already; delete the file to measure anew.")
+        lines += ["", "ratio: PyTorch's time by ours. backend('auto') takes what took less time here."]
+        lines += [f"left out: {what}" for what in self.left_out]
+        return "\n".join([*lines, f"saved in {self.path}"])
+
+
+_HEAD = f"{'kernels us':>11}{'PyTorch us':>11}{'ratio':>7}"
+
+
+def _row(us: float | None, torch_us: float) -> str:
+    if us is None:
+        return f"{'-':>11}{torch_us:>11.2f}{'-':>7}"
+    return f"{us:>11.2f}{torch_us:>11.2f}{torch_us / us:>6.2f}x"
+
+
+class Tuning:
+    """One call of tune: where, in what arithmetic, and what was found."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, final_relu: bool) -> None:
+        self.kernels = _dispatch.kernels()
+        self.table = self.kernels._table
+        self.device, self.dtype, self.final_relu = device, dtype, final_relu
+        self.index = device.index if device.type == "cuda" else None
+        self.here = self.table.where(self.index)
+        self.kind = self.kernels.arithmetic(dtype)
+        path = self.table.users_file(self.here)
+        if path is None:
+            raise RuntimeError("tune keeps its table where platformdirs says: pip install platformdirs")
+        self.path: pathlib.Path = path
+        self.found = self.table.Table()
+        self._known = self._on_disk()
+        self.products: list[Product] = []
+        self.stretches: list[Stretch] = []
+
+    def run(self, shapes: list[tuple[int, ...]], seconds: float) -> Tuned:
+        end = time.monotonic() + seconds
+        left_out = []
+        progress = _progress(shapes)
+        try:
+            for shape in progress:
+                what = f"{shape[0]} x {'-'.join(map(str, shape[1:]))}"
+                if time.monotonic() > end:
+                    left_out.append(f"{what}: the {seconds:g} seconds were over")
+                    continue
+                try:
+                    whole = self._measure(shape, end)
+                except torch.OutOfMemoryError:
+                    left_out.append(f"{what}: not enough memory")
+                    torch.cuda.empty_cache()
+                else:
+                    left_out += [] if whole else [f"part of {what}: the {seconds:g} seconds were over"]
+                self._save()
+        finally:
+            self.table.disagree(self.index)
+        return Tuned(
+            self.here.device, str(self.dtype).removeprefix("torch."), tuple(self.products),
+            tuple(self.stretches), tuple(left_out), str(self.path),
+        )  # fmt: skip
+
+    def _measure(self, shape: tuple[int, ...], end: float) -> bool:
+        """Measure what is not known of this shape; False if there was no time for all of it."""
+        rows, widths = shape[0], shape[1:]
+        layers = list(zip(widths[1:], widths, strict=False))
+        for N, K in dict.fromkeys(layers):
+            for operation in self.kernels._tiles.OPERATIONS:
+                key = operation, self.kind, self.table.bucket(rows), N, K
+                if key in self._known.products or key in self.found.products:
+                    continue
+                if time.monotonic() > end:
+                    return False
+                found = self._product(operation, rows, N, K)
+                self.products.append(found[0])
+                if found[1] is not None:
+                    self.found.products[key] = found[1]
+        # The stretches run on what was just chosen.
+        self.table.agree(self.index, self._known.joined(self.found))
+        last = len(layers) - 1
+        parts = [(widths[i : i + 2], self.final_relu or i < last) for i in range(last + 1)]
+        for part, relu in dict.fromkeys([(widths, self.final_relu), *parts]):
+            for mode in self.table.MODES:
+                stretch = mode, self.kind, self.table.bucket(rows), part, relu
+                if stretch in self._known.stretches or stretch in self.found.stretches:
+                    continue
+                if time.monotonic() > end:
+                    return False
+                us, torch_us = self._stretch(mode, rows, part, relu)
+                self.stretches.append(Stretch(mode, rows, part, relu, us, torch_us))
+                self.found.stretches[stretch] = self.table.Stretch(us, torch_us, "")
+        return True
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def _product(self, operation: str, M: int, N: int, K: int) -> tuple[Product, Any]:
+        """One product with every tile, each checked before it is timed."""
+        kernels = self.kernels
+        setting = kernels._launch.setting_of(self._random(1, 1), True)
+        aligned = kernels._launch.is_aligned(N) and kernels._launch.is_aligned(K)
+        x, weight, bias, grad_z = self._random(M, K), self._random(N, K), self._random(N), self._random(M, N)
+        y = self._random(M, K).relu_()
+        # A fraction of 1, as layers have: the products stay finite in float16.
+        weight, grad_z = weight / K**0.5, grad_z / max(M, N) ** 0.5
+
+        def by_kernel(tile: Any) -> tuple[torch.Tensor, ...]:
+            sums: list[Any] = []
+            if operation == "forward":
+                return (kernels.forward.linear_forward(x, weight, bias, True, aligned, setting, tile),)
+            if operation == "grad_input":
+                result = kernels.grad_input.grad_input(grad_z, weight, y, True, aligned, setting, sums, tile)
+            else:
+                result = (x.new_empty(N, K),)
+                layer = kernels.grad_weight.Layer(grad_z, x, aligned, result[0])
+                kernels.grad_weight.grad_weights([layer], None, setting, sums, tile)
+            kernels._partials.add_up(sums)
+            return tuple(result)
+
+        def by_torch() -> tuple[torch.Tensor, ...]:
+            if operation == "forward":
+                return (torch.nn.functional.linear(x, weight, bias).relu_(),)
+            if operation == "grad_weight":
+                return (torch.mm(grad_z.t(), x),)
+            sums: list[Any] = []
+            product = torch.mm(grad_z, weight)
+            result = kernels.relu_backward.relu_backward(product, y, True, setting, sums, True)
+            kernels._partials.add_up(sums)
+            return tuple(result)
+
+        exact = _exact(operation, x, weight, bias, grad_z, y)
+        torchs = by_torch()
+        runs: dict[Any, Callable[[], Any]] = {None: by_torch}
+        problems = []
+        descriptors = self.device.type == "cpu" or torch.cuda.get_device_capability(self.index) >= (9, 0)
+        memory = setting.device.shared_memory
+        for tile in kernels._tiles.candidates(operation, self.kind, aligned, memory, descriptors):
+            problem = _why_not_right(lambda tile=tile: by_kernel(tile), torchs, exact)  # type: ignore[misc]
+            if problem is None:
+                runs[tile] = lambda tile=tile: by_kernel(tile)  # type: ignore[misc]
+            else:
+                problems.append(f"{_words(tile)}: {problem}")
+        times = _device_times(runs, self.device)
+        torch_us = times.pop(None)
+        wrong = "; ".join(problems) or None
+        if not times:
+            return Product(operation, M, N, K, None, None, torch_us, wrong), None
+        tile = min(times, key=lambda tile: times[tile])
+        shown = Product(operation, M, N, K, _words(tile), times[tile], torch_us, wrong)
+        return shown, self.table.Product(tile, times[tile], torch_us)
+
+    def _stretch(self, mode: str, M: int, widths: tuple[int, ...], relu: bool) -> tuple[float, float]:
+        """A stretch on the kernels' path and on eager PyTorch."""
+        training = mode == "training"
+        x = self._random(M, widths[0]).requires_grad_(training)
+        sizes = list(zip(widths[1:], widths, strict=False))
+        weights = [(self._random(N, K) / K**0.5).requires_grad_(training) for N, K in sizes]
+        biases = [self._random(N).requires_grad_(training) for N, _ in sizes]
+        grad_output = self._random(M, widths[-1])
+
+        def call() -> None:
+            y = functional.mlp(x, weights, biases, final_relu=relu)
+            if training:
+                torch.autograd.grad(y, [x, *weights, *biases], grad_output)
+
+        def ours() -> None:
+            with _dispatch.measuring():
+                call()
+
+        def torchs() -> None:
+            with _dispatch.backend("torch"):
+                call()
+
+        times = _wall_times({"ours": ours, "torch": torchs}, self.device)
+        return times["ours"], times["torch"]
+
+    def _on_disk(self) -> Any:
+        """What is known; raises if a later version wrote it."""
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            return self.table.parse(text, self.here, exact=True)[0]
+        except FileNotFoundError:
+            return self.table.Table()
+        except self.table.NewerFormat as problem:
+            raise RuntimeError(f"the table {self.path} {problem}: update fusedmlp, or delete it") from None
+        except (OSError, UnicodeDecodeError, self.table.Unusable):
+            return self.table.Table()
+
+    def _save(self) -> None:
+        """Add what was found to the file, whole or not at all, whoever else does so at the same time."""
+        from filelock import FileLock  # which torch itself requires
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_suffix(".lock")):
+            self._known = self._on_disk()
+            if self.table.read(self.path, self.here, exact=True) is None and self.path.exists():
+                os.replace(self.path, self.path.with_suffix(".bad"))  # a warning has said why
+            text = self.table.to_text(self.here, _about(self.device), self._known.joined(self.found))
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", dir=self.path.parent, suffix=".tmp", delete=False
+            ) as file:
+                file.write(text)
+            os.replace(file.name, self.path)
+
+
+def _about(device: torch.device) -> dict[str, str]:
+    driver = "none"
+    if device.type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        try:
+            driver = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            driver = "unknown"
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return {"torch": torch.__version__, "driver": driver, "fusedmlp": __version__, "date": today}
+
+
+def _exact(
+    operation: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    grad_z: torch.Tensor,
+    y: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    if operation == "forward":
+        return (torch.nn.functional.linear(x.double(), weight.double(), bias.double()).relu_(),)
+    if operation == "grad_weight":
+        return (grad_z.double().t() @ x.double(),)
+    masked = (grad_z.double() @ weight.double()).masked_fill_(y <= 0, 0)
+    return masked, masked.sum(0)
+
+
+def _why_not_right(
+    run: Callable[[], tuple[torch.Tensor, ...]],
+    torchs: tuple[torch.Tensor, ...],
+    exact: tuple[torch.Tensor, ...],
+) -> str | None:
+    try:
+        results = run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # out of shared memory, say, of a chip that is smaller than it said
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    for ours, its, true in zip(results, torchs, exact, strict=True):
+        problem = compare(ours, its, true).problem
+        if problem is not None:
+            return problem
+    return None
+
+
+def _words(tile: Any) -> str:
+    how = " descriptors" if tile.descriptors else ""
+    return f"{tile.BLOCK_R}x{tile.BLOCK_C}x{tile.BLOCK_K}, {tile.num_warps} warps{how}"
+
+
+def _device_times(runs: dict[Any, Callable[[], Any]], device: torch.device) -> dict[Any, float]:
+    """Microseconds of each on the device alone, in turns, the median of the rounds."""
+    if device.type == "cpu":  # the interpreter, whose times mean nothing
+        return {name: _seconds_of(run, 1) * 1e6 for name, run in runs.items()}
+    import triton
+
+    times: dict[Any, list[float]] = {name: [] for name in runs}
+    for turn in range(_ROUNDS):
+        for name in [*times]:
+            ms = triton.testing.do_bench_cudagraph(runs[name], rep=4, return_mode="median")
+            times[name].append(1e3 * ms)
+        if turn == 0:  # the slowest need no second look
+            quick = sorted((name for name in times if name is not None), key=lambda name: times[name][0])[:3]
+            times = {name: times[name] for name in [None, *quick] if name in times}
+    return {name: statistics.median(several) for name, several in times.items()}
+
+
+def _wall_times(runs: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
+    """Microseconds of each, called back to back as layers are, in turns, the median of the rounds."""
+    interpreted = device.type == "cpu"
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    calls = {}
+    for name, run in runs.items():
+        if not interpreted:
+            _seconds_of(run, 3)  # compiles, and fills the caches
+        calls[name] = 1 if interpreted else max(3, min(1000, int(0.01 / _seconds_of(run, 3))))
+    for _ in range(1 if interpreted else _ROUNDS):
+        for name, run in runs.items():
+            times[name].append(1e6 * _seconds_of(run, calls[name]))
+    return {name: statistics.median(several) for name, several in times.items()}
+
+
+def _seconds_of(run: Callable[[], Any], calls: int) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / calls
+
+
+def _progress(shapes: list[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return iter(shapes)
+    return iter(tqdm(shapes, desc="tuning", unit="shape"))
