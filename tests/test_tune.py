@@ -193,8 +193,10 @@ def test_two_processes_at_once_lose_nothing(users_file: pathlib.Path, tmp_path: 
 def test_many_writers_at_once_lose_nothing(users_file: pathlib.Path) -> None:
     """The same with nothing but writing, twenty times each."""
     code = (
-        "import sys, torch\n"
+        "import os, sys, time, torch\n"
         "from fusedmlp import _tuning\n"
+        "replace = os.replace\n"  # late, so that who did not wait would write over what another wrote
+        "os.replace = lambda *args: (time.sleep(0.02), replace(*args))\n"
         "for i in range(20):\n"
         "    one = _tuning.Tuning(torch.device(sys.argv[2]), torch.float32, False)\n"
         "    tile = one.kernels._tiles.TILES['ieee'][0]\n"
