@@ -123,13 +123,16 @@ def test_public_names_and_version() -> None:
 
 # Each room imports only rooms below it, as in
 # convert -> nn -> functional -> _autograd -> _dispatch -> {_reference, kernels}
-BELOW = {
-    "__init__": {"_dispatch", "_explain", "_verify", "_version", "convert", "functional", "nn"},
-    "__main__": {"_dispatch", "functional", "nn"},
+BELOW: dict[str, set[str]] = {
+    "__init__": {"_dispatch", "_explain", "_tune", "_verify", "_version", "convert", "functional", "nn"},
+    "__main__": {"_dispatch", "_tune", "functional", "nn"},
+    "_tune": {"_dispatch", "_tuning", "functional"},
+    "_tuning": {"_dispatch", "_measure", "_version", "functional"},
     "_verify": {"_dispatch", "_explain", "_measure", "_runs", "_verification"},
     "_verification": {"_dispatch", "_explain"},
     "_runs": {"_deferred", "_dispatch", "_restore", "_twin", "nn"},
-    "_explain": {"_deferred", "_dispatch", "_restore", "nn"},
+    "_explain": {"_deferred", "_dispatch", "_restore", "_traffic", "nn"},
+    "_traffic": {"_dispatch"},
     "convert": {"_deferred", "_pairs", "nn"},
     "_pairs": {"_deferred", "_twin"},
     "_deferred": {"_dispatch", "functional", "nn"},
