@@ -250,7 +250,8 @@ class _Deferred(torch.Tensor):
     def _known_to_autograd(self) -> bool:
         """Whether an autograd.Function has taken this object, and holds a reference, or returned it."""
         with torch._C.DisableTorchFunctionSubclass():
-            return self._use_count() > 1 or self.requires_grad is not self._needs_grad or not self.is_leaf
+            uses = self._use_count()  # type: ignore[attr-defined, unused-ignore]  # not in every version's types
+            return uses > 1 or self.requires_grad is not self._needs_grad or not self.is_leaf
 
 
 def _versions(tensors: Sequence[torch.Tensor | None]) -> list[int]:

@@ -57,6 +57,17 @@ def compare(
     return Comparison(got, its, largest, problem)
 
 
+def nudged(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each value up to one unit in its last place away.
+
+    How wrong PyTorch is on such inputs is how wrong it can as well be on the given ones: by luck a single
+    result is at times almost exact.
+    """
+    wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float64))
+    by = 2 * torch.rand(tensor.shape, generator=generator).to(tensor.device) - 1
+    return (wide * (1 + torch.finfo(tensor.dtype).eps * by.double())).to(tensor.dtype)
+
+
 def errors_of(values: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
     """The largest and the RMS."""
     error = (values.double() - exact).abs()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
-from fusedmlp import _dispatch, nn
+from fusedmlp import _dispatch, _measure, nn
 from fusedmlp._deferred import LinearBeforeClamp, LinearBeforeReLU
 from fusedmlp._restore import left_as_it_was
 from fusedmlp._twin import Draws, InFloat64, random_states, twin, up
@@ -162,11 +162,7 @@ class Runs:
         generator = torch.Generator().manual_seed(number)
 
         def nudged(tensor: torch.Tensor) -> torch.Tensor:
-            if not _floating(tensor):
-                return _clone(tensor)
-            wide = up(tensor.detach())
-            by = 2 * torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor.device) - 1
-            return (wide * (1 + torch.finfo(tensor.dtype).eps * by.double())).to(tensor.dtype)
+            return _measure.nudged(tensor, generator) if _floating(tensor) else _clone(tensor)
 
         model, _ = twin(self.model, nudged)
         return self._run(_Way(model, lambda: _plainly(model), nudged), ask, self.leaves).results

@@ -130,7 +130,7 @@ BELOW: dict[str, set[str]] = {
     "_tuning": {"_dispatch", "_measure", "_version", "functional"},
     "_verify": {"_dispatch", "_explain", "_measure", "_runs", "_verification"},
     "_verification": {"_dispatch", "_explain"},
-    "_runs": {"_deferred", "_dispatch", "_restore", "_twin", "nn"},
+    "_runs": {"_deferred", "_dispatch", "_measure", "_restore", "_twin", "nn"},
     "_explain": {"_deferred", "_dispatch", "_restore", "_traffic", "nn"},
     "_traffic": {"_dispatch"},
     "convert": {"_deferred", "_pairs", "nn"},

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_right
+from oracle import assert_all_right
 from torch import nn
 
 import fusedmlp
@@ -303,9 +303,20 @@ def test_on_the_kernels(name: str, device: torch.device, monkeypatch: pytest.Mon
     assert len(waited) == sum("forward of" in row.status for row in report(model).rows)
     assert ours.keys() == torchs.keys() == exact.keys()
     largest = max(t.abs().max().item() for t in exact.values())
-    for what, tensor in ours.items():
-        if exact[what].abs().max() < 1e-15 * largest:
-            # 0 but for rounding, as the gradient of attention's key bias is: softmax does not see that.
-            assert tensor.abs().max() < 1e-6 * largest, what
-        else:
-            assert_right(tensor, torchs[what], exact[what], what)
+    # 0 but for rounding, as the gradient of attention's key bias is: softmax does not see that.
+    zero = {what for what, tensor in exact.items() if tensor.abs().max() < 1e-15 * largest}
+    assert all(ours[what].abs().max() < 1e-6 * largest for what in zero)
+    names = [what for what in exact if what not in zero]
+
+    def again(nudge: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        near = copy.deepcopy(plain)
+        with torch.no_grad():
+            for parameter in near.parameters():
+                parameter.copy_(nudge(parameter))
+        found = run(near, tuple(nudge(x) if x.is_floating_point() else x for x in inputs))
+        return [found[what] for what in names]
+
+    assert_all_right(
+        [ours[what] for what in names], [torchs[what] for what in names], [exact[what] for what in names],
+        names, again,
+    )  # fmt: skip
