@@ -33,7 +33,8 @@ def device_limits(index: int | None) -> Device:
         # programs make the persistent loops go round.
         return Device(num_sms=3, shared_memory=232448)
     properties = torch.cuda.get_device_properties(index)
-    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    optin = properties.shared_memory_per_block_optin  # type: ignore[attr-defined, unused-ignore]  # not in 2.14's
+    return Device(properties.multi_processor_count, optin)
 
 
 @functools.cache  # Triton decided it when it decorated the kernels
