@@ -148,6 +148,12 @@ def quick() -> list[Case]:
     return cases + _of((LAYER_BOTH, LAYER_FORWARD), LAYERS[:4], ("bfloat16",))
 
 
+def numerics() -> list[Case]:
+    """Real sizes of which every result is compared with float64: what a kernel can do wrong, first."""
+    mlps = [MLPS[i] for i in (1, 9, 5, 3, 4, 6, 10)]
+    return _of((BOTH,), mlps, DTYPES) + _of((LAYER_BOTH,), [LAYERS[i] for i in (3, 6, 10, 1)], DTYPES)
+
+
 def on_a_cpu() -> list[Case]:
     """What PyTorch's own operators do on a CPU, with our modules around them and without."""
     cases = _of((STEP, BOTH, INFERENCE), ((1, *MNIST), (64, *MNIST), (1024, *MNIST)), ("float32",))
@@ -155,6 +161,6 @@ def on_a_cpu() -> list[Case]:
 
 
 def dry() -> list[Case]:
-    """Every kind of case, so small that Triton's interpreter computes it."""
+    """Every kind of case, for Triton's interpreter: tiny, and not in bfloat16, to which it does not round."""
     cases = _of((STEP, BOTH, INFERENCE), ((8, 20, 16, 10),), ("float32", "tf32"))
     return cases + _of((LAYER_BOTH, LAYER_FORWARD), ((8, 16, 16), (5, 17, 7)), ("float32", "float16"))

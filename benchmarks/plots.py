@@ -157,7 +157,7 @@ def roofline(results: dict[str, Any]) -> Figure | str:
         xs = sorted({low, min(max(knee, low), high), high})
         axes.plot(
             xs, [min(top, 1e-3 * ceilings["copy_gbps"] * x) for x in xs], color=COLORS[dtype], linewidth=1.5,
-            label=f"{dtype}: {top:.3g} TFLOP/s, {ceilings['copy_gbps']:.3g} GB/s",
+            label=f"{dtype}: {top:.3g} TFLOP/s, {ceilings['copy_gbps']:,.0f} GB/s",
         )  # fmt: skip
     for case, family, tflops in points:
         color = COLORS[case["dtype"]]
@@ -218,42 +218,34 @@ def steps(results: dict[str, Any]) -> Figure | str:
 
 
 def memory(results: dict[str, Any]) -> Figure | str:
-    """Peak memory of forward and backward, and of a step, beyond what was there before."""
+    """Peak memory of forward and backward, beyond what was there before, by eager PyTorch's."""
     if results["device"]["type"] != "cuda":
         return "peak memory is that of a GPU's allocator, and this was measured on a CPU"
-    cases = [
-        case
-        for case in results["cases"]
-        if case["what"] in (BOTH, STEP) and any(row["peak_bytes"] for row in case["contestants"])
-    ]
-    if not cases:
+    several = [case for case in results["cases"] if case["what"] == BOTH and _peak(case, "eager")]
+    if not several:
         return "no forward and backward gave a peak of memory"
-    cases = sorted(cases, key=lambda case: -max(row["peak_bytes"] or 0 for row in case["contestants"]))[:10]
-    names = [
-        name
-        for name in ("eager", "compile", "fusedmlp torch", "fusedmlp chain")
-        if any((named(case, name) or {}).get("peak_bytes") for case in cases)
-    ]
-    shades = dict(
-        zip(
-            ("eager", "compile", "fusedmlp torch", "fusedmlp chain"),
-            ("#b0b7c3", "#7d8597", "#7fb2d9", "#1d3557"),
-            strict=True,
-        )
-    )
+    cases = [case for case in several if case["dtype"] == several[0]["dtype"]]
+    cases.sort(key=lambda case: _peak(case, "eager"))
     figure = _figure(
-        9, 0.62 * len(cases) + 1.4, results, "Peak memory beyond weights and inputs, the largest cases"
+        9, 0.4 * len(cases) + 1.6, results, "Peak memory beyond weights and inputs, by eager PyTorch's"
     )
     axes = figure.subplots()
     _plain(axes)
-    height = 0.8 / len(names)
-    for j, name in enumerate(names):
-        values = [((named(case, name) or {}).get("peak_bytes") or 0) / 1e6 for case in cases]
-        at = [i + (j - (len(names) - 1) / 2) * height for i in range(len(cases))]
-        axes.barh(at, values, height=height * 0.92, color=shades[name], label=name)
-    axes.set_yticks(range(len(cases)), [f"{case['what']}\n{_label(case)}" for case in cases], fontsize=8)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set(xscale="log", xlabel="MB")
-    axes.legend(frameon=False, fontsize=9, loc="best")
+    axes.axvline(1, color="0.35", linewidth=1)
+    for name, marker, color in (
+        ("compile", "D", "#e07a1f"), ("fusedmlp torch", "s", "#7fb2d9"), ("fusedmlp chain", "o", "#1d3557")
+    ):  # fmt: skip
+        points = [
+            (_peak(case, name) / _peak(case, "eager"), i) for i, case in enumerate(cases) if _peak(case, name)
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, color=color, markersize=8, label=name, alpha=0.9)
+    labels = [f"{_label(case)}\neager: {_peak(case, 'eager') / 1e6:,.4g} MB" for case in cases]
+    axes.set_yticks(range(len(cases)), labels, fontsize=8)
+    axes.set(xlabel="times eager's peak", title=BOTH, xlim=(0, max(1.2, axes.get_xlim()[1])))
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
     return figure
+
+
+def _peak(case: dict[str, Any], name: str) -> int:
+    return (named(case, name) or {}).get("peak_bytes") or 0

@@ -126,9 +126,9 @@ def _markdown(
         "Times are microseconds a call, medians ± half the range from the 20th to the 80th percentile, "
         "launching included unless said otherwise. A ratio is the time of the best contestant of PyTorch's "
         f"by ours: above 1 ours is faster, from {NOISE} to {1 / NOISE:.2f} is called equal. Before a time "
-        "comes a check, each result against float64, with at most twice eager PyTorch's error; what is wrong has no "
-        "time. The floor is what the FLOPs, or the bytes of kernels that compute one layer each, take at the "
-        "ceilings.",
+        "comes a check, each result against float64, with at most twice eager PyTorch's error; what is wrong "
+        "has no time. The floor is what the FLOPs, or the bytes of kernels that compute one layer each, take "
+        "at the ceilings.",
         "",
         "## In one look",
         "",
