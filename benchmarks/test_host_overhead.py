@@ -1,4 +1,4 @@
-"""Microseconds of Python and C++ around the kernels, by layers of the stack, the launches replaced by nothing.
+"""Microseconds of Python and C++ around the kernels, by layers of the stack, with nothing launched.
 
     pytest benchmarks -k host
 
