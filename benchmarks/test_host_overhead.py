@@ -1,17 +1,18 @@
-"""Microseconds of Python and C++ around a chain's kernels, the launches replaced by nothing.
+"""Microseconds of Python and C++ around the kernels, by layers of the stack, with nothing launched.
 
     pytest benchmarks -k host
 
-A chain of four layers, forward and backward, beside torch.nn's Sequential of the same layers. On a CPU the
-matrices are so small (16 x 16) that the arithmetic of PyTorch's side is next to nothing too. What a launch
-itself costs on a GPU comes on top of ours; PyTorch's figures there have it in them.
-
-And what the predicate costs, which asks before each call whether the kernels are right for it: the same call
-with the question and without.
+Linear+ReLU, and four of them as a chain, forward and forward+backward. Each row of a group holds all that is
+below it: ``module`` is nn.Sequential, ``functional`` is functional.mlp with the predicate, ``Function`` is
+autograd's without it, ``launcher`` chooses tiles and grids and allocates what the kernels would write;
+``predicate`` is that alone, and ``eager`` is torch.nn's Sequential of the same layers. On a CPU the matrices
+are so small (16 x 16) that the arithmetic of PyTorch's side is next to nothing too. What a launch itself
+costs on a GPU comes on top of ours; PyTorch's figures there have it in them.
 """
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 
 import fusedmlp
 from fusedmlp import functional
+from fusedmlp._autograd import fused_mlp
 
 pytest.importorskip("triton", reason="Triton is not installed: no kernels to launch")
 
@@ -36,43 +38,66 @@ def nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("library", ["torch", "fusedmlp"])
-@pytest.mark.parametrize("mode", ["inference", "training"])
-def test_host(benchmark: Any, mode: str, library: str) -> None:
-    benchmark.group = f"host time of four layers, {mode}"
-    nn: Any = torch.nn if library == "torch" else fusedmlp.nn
+COUNTS = {"Linear+ReLU": 1, "4-layer chain": 4}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def networks(count: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """torch.nn's, and ours with the same parameters."""
     torch.manual_seed(0)
-    layers = [module for _ in range(4) for module in (nn.Linear(16, 16), nn.ReLU())][:-1]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = nn.Sequential(*layers).to(device)
-    x, grad_output = torch.randn(16, 16, device=device), torch.randn(16, 16, device=device)
-
-    def inference() -> torch.Tensor:
-        y: torch.Tensor = model(x)
-        return y
-
-    def training() -> None:
-        model.zero_grad()
-        inference().backward(grad_output)
-
-    if mode == "training":
-        benchmark(training)
-    else:
-        with torch.no_grad():
-            benchmark(inference)
+    modules = [module for _ in range(count) for module in (torch.nn.Linear(16, 16), torch.nn.ReLU())]
+    plain = torch.nn.Sequential(*modules).to(DEVICE)
+    return plain, fusedmlp.fuse(copy.deepcopy(plain))
 
 
-@pytest.mark.parametrize("asked", [False, True], ids=["without", "with"])
-@pytest.mark.parametrize("count", [1, 4])
-def test_host_predicate(benchmark: Any, monkeypatch: pytest.MonkeyPatch, count: int, asked: bool) -> None:
-    benchmark.group = f"host time of the predicate, {count} layers, the kernels' path"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    weights = [torch.randn(16, 16, device=device) for _ in range(count)]
-    biases: list[torch.Tensor | None] = [torch.randn(16, device=device) for _ in range(count)]
-    x = torch.randn(16, 16, device=device)
-    if not asked:
-        monkeypatch.setattr(functional, "why_not_fused_mlp", lambda *_, **__: None)
-    benchmark(lambda: functional.mlp(x, weights, biases, final_relu=True))
+def calls(count: int, training: bool) -> dict[str, Callable[[], object]]:
+    """What is called at each layer of the stack."""
+    from fusedmlp import kernels
+
+    plain, fused = networks(count)
+    linears = [module for module in fused.modules() if isinstance(module, torch.nn.Linear)]
+    weights, biases = [layer.weight for layer in linears], [layer.bias for layer in linears]
+    x, grad_output = torch.randn(16, 16, device=DEVICE), torch.randn(16, 16, device=DEVICE)
+    yes = [True] * count
+
+    def launcher() -> None:
+        keep = 0 if training else count - 1
+        ys = kernels.mlp_forward(x, weights, biases, True, keep, True)
+        if training:
+            kernels.mlp_backward(grad_output, [x, *ys], weights, True, 0, False, yes, yes, True)
+
+    def with_backward(forward: Callable[[], torch.Tensor]) -> Callable[[], object]:
+        def call() -> None:
+            for parameter in (*plain.parameters(), *fused.parameters()):
+                parameter.grad = None
+            forward().backward(grad_output)
+
+        return call if training else forward
+
+    return {
+        "eager": with_backward(lambda: plain(x)),
+        "module": with_backward(lambda: fused(x)),
+        "functional": with_backward(lambda: functional.mlp(x, weights, biases, final_relu=True)),
+        "Function": with_backward(lambda: fused_mlp(x, weights, biases, True)),
+        "launcher": launcher,
+        "predicate": lambda: functional.why_not_fused_mlp(x, weights, biases, final_relu=True),
+    }
+
+
+LAYERS = ("eager", "module", "functional", "Function", "launcher")
+
+
+@pytest.mark.parametrize(
+    ("mode", "layer"),
+    [(mode, layer) for mode in ("forward", "forward+backward") for layer in LAYERS]
+    + [("forward", "predicate")],  # which a backward does not ask
+)
+@pytest.mark.parametrize("what", COUNTS)
+def test_host(benchmark: Any, what: str, mode: str, layer: str) -> None:
+    benchmark.group = f"host time, {what}, {mode}"
+    call = calls(COUNTS[what], mode == "forward+backward")[layer]
+    with torch.set_grad_enabled(mode == "forward+backward"):
+        benchmark(call)
 
 
 @pytest.mark.parametrize("asked", [False, True], ids=["without", "with"])

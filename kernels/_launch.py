@@ -152,11 +152,14 @@ def setting_of(x: torch.Tensor, forced: bool = False) -> Setting:
 PLANS = 4096
 
 
+_MATMUL = torch.backends.cuda.matmul  # looked up once: each step of the way costs, in every call
+
+
 def arithmetic(dtype: torch.dtype) -> str:
     """Which row of the tile table computes this dtype, following torch's float32 precision setting."""
     if dtype != torch.float32:
         return "half"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if _MATMUL.fp32_precision == "tf32" else "ieee"
 
 
 def is_aligned(columns: int) -> bool:

@@ -1,0 +1,326 @@
+"""results.md, and the comparison of two files of results."""
+
+import argparse
+import collections
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from benchmarks import plots
+from benchmarks.results import (
+    COMPARISONS,
+    NOISE,
+    Unreadable,
+    best,
+    floor_us,
+    geometric_mean,
+    name_of,
+    named,
+    read,
+    speedup,
+)
+
+AUTO = COMPARISONS[0]
+
+
+def add_parser(subparsers: Any) -> None:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "report",
+        help="results.md and plots of a file, or the comparison of several",
+        description="Of one results.json, write results.md and the plots beside it. Of several, say which "
+        "cases the later ones do faster or slower than the first, beyond the spread of the measurements.",
+        epilog="example: python -m benchmarks report old/results.json new/results.json",
+    )
+    parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
+    parser.add_argument(
+        "--out", type=pathlib.Path, metavar="DIR", help="of one file: where to write (default: beside it)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        found = [read(file) for file in options.files]
+    except Unreadable as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    if len(found) == 1:
+        for path in write(found[0], options.out or options.files[0].parent):
+            print(f"wrote {path}")
+        print("\n".join(headline(found[0])))
+    else:
+        for later, file in zip(found[1:], options.files[1:], strict=True):
+            print("\n".join(comparison(found[0], later, str(options.files[0]), str(file))))
+    return 0
+
+
+def write(results: dict[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
+    """results.md and the plots, into the folder; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn, not_drawn = plots.draw(results, folder)
+    text = folder / "results.md"
+    text.write_text("\n".join(_markdown(results, drawn, not_drawn)) + "\n", encoding="utf-8")
+    return [text, *drawn]
+
+
+def where(results: dict[str, Any]) -> str:
+    device, versions = results["device"], results["versions"]
+    parts = [device["name"]]
+    if device.get("driver"):
+        parts.append(f"driver {device['driver']}")
+    if device["type"] == "cpu":
+        parts.append(f"{device['threads']} thread{'s' if device['threads'] != 1 else ''}")
+    parts += [f"torch {versions['torch']}", f"Triton {versions['triton'] or 'absent'}"]
+    return ", ".join([*parts, f"Python {versions['python']}"])
+
+
+DRY = "A dry run: tiny, in Triton's interpreter. These times mean nothing."
+
+
+def headline(results: dict[str, Any]) -> list[str]:
+    """What came out, in a few lines for a terminal."""
+    lines = [DRY] if results["dry_run"] else []
+    lines.append(
+        f"{len(results['cases'])} cases on {results['device']['name']}, times by the best of PyTorch:"
+    )
+    for comparison in COMPARISONS:
+        ratios = [r for case in results["cases"] if (r := speedup(case, comparison)) is not None]
+        if ratios:
+            lines.append(f"  {comparison[0] + ':':<15}{_verdicts(ratios)}")
+    wrong = list(_wrong(results))
+    lines.append(f"wrong results: {len(wrong) or 'none'}")
+    return lines + [f"  {case}: {name}: {problem}" for case, name, problem in wrong[:5]]
+
+
+def _verdicts(ratios: Sequence[float]) -> str:
+    slower = sum(ratio < NOISE for ratio in ratios)
+    faster = sum(ratio > 1 / NOISE for ratio in ratios)
+    return (
+        f"{geometric_mean(list(ratios)):.2f}x in the geometric mean; "
+        f"slower {slower}, equal {len(ratios) - slower - faster}, faster {faster}"
+    )
+
+
+def _wrong(results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for case in results["cases"]:
+        for row in case["contestants"]:
+            if (row["problem"] or "").startswith("wrong"):
+                yield name_of(case), row["name"], row["problem"]
+
+
+def _markdown(
+    results: dict[str, Any], drawn: Sequence[pathlib.Path], not_drawn: dict[str, str]
+) -> Iterator[str]:
+    yield f"# Measured on {results['device']['name']}"
+    yield ""
+    if results["dry_run"]:
+        yield f"**{DRY}**"
+        yield ""
+    yield from [
+        f"- {where(results)}",
+        f"- fusedmlp {results['versions']['fusedmlp']}, commit {results['commit'] or 'unknown'}",
+        f"- {results['date']}, `{results['command']}`",
+        f"- {_ceilings(results)}",
+        "",
+        "Times are microseconds a call, medians ± half the range from the 20th to the 80th percentile, "
+        "launching included unless said otherwise. A ratio is the time of the best contestant of PyTorch's "
+        f"by ours: above 1 ours is faster, from {NOISE} to {1 / NOISE:.2f} is called equal. Before a time "
+        "comes a check, each result against float64, with at most twice eager PyTorch's error; what is wrong "
+        "has no time. The floor is what the FLOPs, or the bytes of kernels that compute one layer each, take "
+        "at the ceilings.",
+        "",
+        "## In one look",
+        "",
+    ]
+    yield from _overview(results)
+    yield from ["", "## Where PyTorch is faster", ""]
+    yield from _losses(results)
+    yield from ["", "## What was wrong, and what did not run", ""]
+    yield from _problems(results)
+    for what in dict.fromkeys(case["what"] for case in results["cases"]):
+        yield from ["", f"## {what[:1].upper()}{what[1:]}", ""]
+        yield from _cases([case for case in results["cases"] if case["what"] == what], results["ceilings"])
+    yield from ["", "## Plots", ""]
+    yield from (f"![{path.stem}]({path.name})\n" for path in drawn)
+    yield from (f"{name} is not drawn: {reason}.\n" for name, reason in not_drawn.items())
+
+
+def _ceilings(results: dict[str, Any]) -> str:
+    found = results["ceilings"]
+    if found["copy_gbps"] is None:
+        return "ceilings not measured"
+    products = ", ".join(f"{name} {tflops:.3g} TFLOP/s" for name, tflops in found["tflops"].items())
+    return f"ceilings: a large copy {found['copy_gbps']:.4g} GB/s; large products {products}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "|".join("---" if i < left else "---:" for i in range(len(head))) + "|"
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+
+
+def _overview(results: dict[str, Any]) -> Iterator[str]:
+    rows = []
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = collections.defaultdict(list)
+    for case in results["cases"]:
+        groups[case["what"], case["dtype"]].append(case)
+    for (what, dtype), several in groups.items():
+        for comparison in COMPARISONS:
+            ratios = [r for case in several if (r := speedup(case, comparison)) is not None]
+            if ratios:
+                slower, faster = sum(r < NOISE for r in ratios), sum(r > 1 / NOISE for r in ratios)
+                rows.append([
+                    f"{what}, {dtype}", comparison[0], f"{geometric_mean(ratios):.2f}x",
+                    f"{min(ratios):.2f}x", f"{max(ratios):.2f}x",
+                    str(slower), str(len(ratios) - slower - faster), str(faster),
+                ])  # fmt: skip
+    yield "`auto` against the best of eager, `torch.compile` and whatever else needs no graph; `in a graph` "
+    yield "against the best of PyTorch's CUDA graphs; `kernels alone`: the forced kernels' chain against the "
+    yield "best of PyTorch's without a graph, both replayed from a graph, so without launching from Python."
+    yield ""
+    head = ["cases", "ours", "geometric mean", "least", "most", "slower", "equal", "faster"]
+    yield from _table(head, rows, left=2)
+
+
+def _losses(results: dict[str, Any]) -> Iterator[str]:
+    rows = []
+    for case in results["cases"]:
+        for comparison in COMPARISONS:
+            ratio = speedup(case, comparison)
+            if ratio is not None and ratio < NOISE:
+                _, name, clock, graph = comparison
+                ours, torchs = named(case, name), best(case, "torch", clock, graph)
+                assert ours is not None
+                assert torchs is not None
+                note = ours["note"] or ""
+                cells = [name_of(case), comparison[0], f"{ratio:.2f}x", _us(ours[clock]), _us(torchs[clock])]
+                rows.append((ratio, [*cells, torchs["name"], note]))
+    if not rows:
+        yield "In no case beyond the noise."
+        return
+    head = ["case", "ours", "ratio", "us", "PyTorch us", "by", "our path"]
+    yield from _table(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])], left=2)
+
+
+def _problems(results: dict[str, Any]) -> Iterator[str]:
+    wrong = list(_wrong(results))
+    yield f"Wrong results: {len(wrong) or 'none'}."
+    yield ""
+    yield from (f"- **{case}, {name}: {problem}**" for case, name, problem in wrong)
+    others: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+    for case in results["cases"]:
+        for row in case["contestants"]:
+            if row["problem"] and not row["problem"].startswith("wrong"):
+                others[row["name"], row["problem"]].append(name_of(case))
+    for (name, problem), names in others.items():
+        what = names[0] if len(names) == 1 else f"{len(names)} cases"
+        yield f"- {name}, {what}: {problem}"
+
+
+def _cases(several: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> Iterator[str]:
+    """One row a case: the best of PyTorch's and ours, in each way of running."""
+    used = [c for c in COMPARISONS if any(speedup(case, c) is not None for case in several)] or [AUTO]
+    head = ["case", "floor us"]
+    for comparison in used:
+        head += [f"PyTorch us, {comparison[0]}" if comparison != AUTO else "PyTorch us", "by"]
+        head += [f"ours us, {comparison[0]}", "ratio"]
+    rows = []
+    for case in several:
+        floor = floor_us(case, ceilings)
+        row = [f"{case['rows']}x{'x'.join(map(str, case['widths']))} {case['dtype']}"]
+        row.append("" if floor is None else f"{floor[0]:.3g} ({floor[1]})")
+        for comparison in used:
+            _, name, clock, graph = comparison
+            torchs, ours, ratio = (
+                best(case, "torch", clock, graph),
+                named(case, name),
+                speedup(case, comparison),
+            )
+            row += ["-", "-"] if torchs is None else [_us(torchs[clock]), torchs["name"]]
+            row += [_cell(ours, clock), "-" if ratio is None else f"{ratio:.2f}x"]
+        rows.append(row)
+    yield from _table(head, rows)
+
+
+def _cell(row: dict[str, Any] | None, clock: str) -> str:
+    if row is None:
+        return "-"
+    if (row["problem"] or "").startswith("wrong"):
+        return "**wrong**"
+    return "did not run" if row[clock] is None else _us(row[clock])
+
+
+def _us(time: dict[str, float]) -> str:
+    """Median and half the range, to the same digit."""
+    digits = 0 if time["median"] >= 100 else 1 if time["median"] >= 10 else 2
+    return f"{time['median']:.{digits}f} ± {(time['high'] - time['low']) / 2:.{digits}f}"
+
+
+def comparison(
+    first: dict[str, Any], later: dict[str, Any], first_file: str, later_file: str
+) -> Iterator[str]:
+    """Lines that say which contestants of which cases became faster or slower beyond the spread."""
+    yield f"1: {first_file}: {where(first)}, {first['date'][:10]}, {(first['commit'] or 'unknown')[:10]}"
+    yield f"2: {later_file}: {where(later)}, {later['date'][:10]}, {(later['commit'] or 'unknown')[:10]}"
+    different = first["device"]["name"] != later["device"]["name"]
+    warnings = []
+    if different:
+        warnings.append("DIFFERENT DEVICES: the ratios compare the devices, not the code.")
+    elif first["versions"] != later["versions"]:
+        warnings.append("Other versions of the libraries: PyTorch's own contestants tell what they changed.")
+    if first["dry_run"] or later["dry_run"]:
+        warnings.append(DRY)
+    yield from warnings
+    before = {name_of(case): case for case in first["cases"]}
+    after = {name_of(case): case for case in later["cases"]}
+    rows: list[tuple[float, str]] = []
+    counts: collections.Counter[str] = collections.Counter()
+    for name, case in after.items():
+        for row in case["contestants"] if name in before else ():
+            other = named(before[name], row["name"])
+            what = f"{name}, {row['name']}"
+            if other is None:
+                continue
+            if bool(row["problem"]) != bool(other["problem"]):
+                now = row["problem"] or "runs"
+                rows.append(
+                    (
+                        0.0 if row["problem"] else float("inf"),
+                        f"{what}: {now}, was: {other['problem'] or 'ran'}",
+                    )
+                )
+                counts["broken" if row["problem"] else "mended"] += 1
+                continue
+            for clock in ("wall_us", "device_us"):
+                old, new = other[clock], row[clock]
+                if old is None or new is None:
+                    continue
+                verdict = _verdict(old, new)
+                counts[verdict] += 1
+                if verdict != "equal":
+                    ratio = old["median"] / new["median"]
+                    alone = ", device alone" if clock == "device_us" else ""
+                    rows.append(
+                        (ratio, f"{what}{alone}: {verdict}, {_us(old)} -> {_us(new)} us, {ratio:.2f}x")
+                    )
+    yield ""
+    yield from (line for _, line in sorted(rows))
+    yield ""
+    said = [
+        f"{counts[key]} {key}" for key in ("slower", "equal", "faster", "broken", "mended") if counts[key]
+    ]
+    common = before.keys() & after.keys()
+    yield f"{len(common)} cases in both: {', '.join(said) or 'nothing that both have measured'}."
+    for mine, which in ((before.keys() - common, 1), (after.keys() - common, 2)):
+        if mine:
+            yield f"only in {which}: {', '.join(sorted(mine))}"
+    yield from warnings
+
+
+def _verdict(old: dict[str, float], new: dict[str, float]) -> str:
+    """Beyond the spread: the ranges of the two, from the 20th to the 80th percentile, do not overlap."""
+    if new["high"] < old["low"]:
+        return "faster"
+    return "slower" if new["low"] > old["high"] else "equal"

@@ -1,0 +1,169 @@
+"""The file of results: what it says of the machine, how it is read, and which numbers are compared."""
+
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+import fusedmlp
+
+ROOT = pathlib.Path(__file__).parents[1]
+FORMAT = 1
+NOISE = 0.98  # a ratio from here to its reciprocal is called equal
+
+
+class Unreadable(ValueError):
+    """Why a file is none of results."""
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def about(device: torch.device, dry_run: bool) -> dict[str, Any]:
+    """Everything but the numbers: the device, the versions, the commit, the command."""
+    cuda = device.type == "cuda"
+    commit = _said_by("git", "rev-parse", "HEAD")
+    changed = bool(_said_by("git", "status", "--porcelain", "--untracked-files=no"))
+    driver = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
+    return {
+        "format": FORMAT,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": f"python -m benchmarks {' '.join(sys.argv[1:])}".strip(),
+        "commit": commit and commit + (" with changes" if changed else ""),
+        "dry_run": dry_run,
+        "device": {
+            "name": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+            "type": device.type,
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else None,
+            "memory_gb": round(torch.cuda.get_device_properties(device).total_memory / 2**30)
+            if cuda
+            else None,
+            "driver": driver and driver.splitlines()[0],
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": importlib.metadata.version("triton") if has_triton() else None,
+            "cuda": torch.version.cuda,
+            "fusedmlp": fusedmlp.__version__,
+        },
+        "ceilings": {"copy_gbps": None, "tflops": {}},
+        "cases": [],
+    }
+
+
+def _said_by(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return (done.stdout.strip() or None) if done.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def write(results: dict[str, Any], file: pathlib.Path) -> None:
+    """Whole or not at all."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, file)
+
+
+def read(file: pathlib.Path) -> dict[str, Any]:
+    """Raises Unreadable with the reason, in which the file is named."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Unreadable(f"{file}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unreadable(f"{file} cannot be read ({error})") from None
+    except ValueError as error:
+        raise Unreadable(f"{file} is not JSON ({error}): is it cut off?") from None
+    if not isinstance(found, dict) or not isinstance(found.get("format"), int):
+        raise Unreadable(f"{file} is no results.json of python -m benchmarks")
+    if found["format"] != FORMAT:
+        raise Unreadable(f"{file} has format {found['format']}, and this version reads {FORMAT}")
+    try:
+        for case in found["cases"]:
+            name_of(case)
+            for row in case["contestants"]:
+                assert isinstance(row["name"], str)
+                for what in ("wall_us", "device_us"):
+                    assert row[what] is None or all(row[what][key] > 0 for key in ("median", "low", "high"))
+        ", ".join((found["device"]["name"], found["date"], found["versions"]["torch"]))
+        found["ceilings"]["tflops"].get("float32")
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        what = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise Unreadable(f"{file} has an entry that is none ({what})") from None
+    return found
+
+
+def name_of(case: dict[str, Any]) -> str:
+    return f"{case['what']} {case['rows']}x{'x'.join(map(str, case['widths']))} {case['dtype']}"
+
+
+def best(
+    case: dict[str, Any], family: str, clock: str = "wall_us", graph: bool | None = None
+) -> dict[str, Any] | None:
+    """The fastest contestant of a family by a clock; graph: only those in a CUDA graph, or only others."""
+    rows = [
+        row
+        for row in case["contestants"]
+        if row["family"] == family and row[clock] is not None and graph in (None, row["graph"])
+    ]
+    return min(rows, key=lambda row: row[clock]["median"], default=None)
+
+
+def named(case: dict[str, Any], name: str) -> dict[str, Any] | None:
+    return next((row for row in case["contestants"] if row["name"] == name), None)
+
+
+# Heading, our contestant, the clock, and whether the best of PyTorch's is among those in a graph or not.
+COMPARISONS = (
+    ("auto", "fusedmlp auto", "wall_us", False),
+    ("in a graph", "fusedmlp in a graph", "wall_us", True),
+    ("kernels alone", "fusedmlp chain", "device_us", False),
+)
+
+
+def speedup(case: dict[str, Any], comparison: tuple[str, str, str, bool]) -> float | None:
+    """The best of PyTorch's time by ours; None where one of them has none."""
+    _, name, clock, graph = comparison
+    ours, torchs = named(case, name), best(case, "torch", clock, graph)
+    if ours is None or ours[clock] is None or torchs is None:
+        return None
+    ratio: float = torchs[clock]["median"] / ours[clock]["median"]
+    return ratio
+
+
+def floor_us(case: dict[str, Any], ceilings: dict[str, Any]) -> tuple[float, str] | None:
+    """Microseconds that the bytes or the FLOPs take at the measured ceilings, and which; None if unmeasured.
+
+    Kernels that keep a layer's output on the chip can be below the bytes', which count every layer's tensors.
+    """
+    tflops = ceilings["tflops"].get(case["dtype"])
+    if tflops is None or ceilings["copy_gbps"] is None:
+        return None
+    by_flops = 1e-6 * case["flops"] / tflops
+    by_bytes = 1e-3 * case["least_bytes"] / ceilings["copy_gbps"]
+    return (by_flops, "FLOPs") if by_flops > by_bytes else (by_bytes, "bytes")
+
+
+def geometric_mean(ratios: list[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))

@@ -1,0 +1,310 @@
+"""The sweep: every case, every contestant, first whether it is right, then how long it takes."""
+
+import argparse
+import fnmatch
+import gc
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import fusedmlp
+from benchmarks import cases, contestants, report, results, timing
+from benchmarks.cases import Case
+
+AGAIN = 75  # exit status: start the same command again, and it goes on
+
+
+def add_parser(subparsers: Any) -> None:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "run",
+        help="measure (the default)",
+        description="Measure layers, MLPs and training steps with PyTorch (eager, torch.compile, CUDA "
+        "graphs) and with fusedmlp, each result checked against float64 before it is timed, and write "
+        "results.json, results.md and plots. Without a GPU a few cases that a CPU can do in minutes are "
+        "measured.",
+        epilog="example: python -m benchmarks --quick --only 'mlp*' --only '*tf32'",
+    )
+    parser.add_argument("--quick", action="store_true", help="a few cases of each kind, under 5 minutes")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="PATTERN",
+        help="only cases whose name, as --list shows it, matches, for instance 'mlp*' or '*65536x256*'; may "
+        "be given several times",
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="default: benchmarks/results/DEVICE-DATE; if results of this device, commit and versions are "
+        "there, their cases are kept and the others measured",
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help="begin no case after so many (default: none, 4 if --quick)"
+    )
+    parser.add_argument("--list", action="store_true", help="print the cases and measure nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="on the CPU, tiny, the kernels in Triton's interpreter: exercises everything, measures nothing",
+    )
+    parser.add_argument(
+        "--no-report", action="store_true", help="results.json only: 'report' makes the rest of it later"
+    )
+    parser.set_defaults(run=run)
+
+
+def _chosen(options: argparse.Namespace) -> list[Case]:
+    if options.dry_run:
+        found = cases.dry()
+    elif options.quick:
+        found = cases.quick() if torch.cuda.is_available() else cases.on_a_cpu()[::2]
+    else:
+        found = cases.sweep() if torch.cuda.is_available() else cases.on_a_cpu()
+    if options.only:
+        found = [case for case in found if any(_matches(str(case), p) for p in options.only)]
+    return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name.lower(), pattern.lower())
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.minutes is not None and not options.minutes > 0:
+        print(f"--minutes must be positive, got {options.minutes:g}", file=sys.stderr)
+        return 2
+    if options.dry_run and results.has_triton() and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads it when it is imported, which torch may have done by now.
+        environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run([sys.executable, "-m", "benchmarks", *sys.argv[1:]], env=environment).returncode
+    chosen = _chosen(options)
+    if not chosen:
+        print(f"no case matches {' or '.join(options.only)}; --list shows them all", file=sys.stderr)
+        return 2
+    if options.list:
+        print("\n".join(map(str, chosen)))
+        return 0
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = results.about(device, options.dry_run)
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", found["device"]["name"]).strip("-")
+    folder = options.out or results.ROOT / "benchmarks" / "results" / f"{slug}-{found['date'][:10]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "results.json"
+    try:
+        _keep(found, file)
+    except results.Unreadable as problem:
+        print(f"{problem}. Choose another --out, or move it away", file=sys.stderr)
+        return 2
+    done = {results.name_of(case) for case in found["cases"]}
+    waiting = [case for case in chosen if str(case) not in done]
+    status = _measure_all(waiting, found, file, device, options)
+    if found["cases"]:
+        for path in [] if options.no_report else report.write(found, folder):
+            print(f"wrote {path}")
+        print("\n".join(["", *report.headline(found)]))
+    return status
+
+
+def _keep(found: dict[str, Any], file: pathlib.Path) -> None:
+    """Go on with what is in the file, if it was measured on the same; raises Unreadable if not."""
+    if not file.exists():
+        return
+    before = results.read(file)
+    for what in ("device", "versions", "commit", "dry_run"):
+        if before.get(what) != found[what]:
+            raise results.Unreadable(f"{file} has results of another {what}: {before.get(what)}")
+    found["cases"], found["ceilings"] = before["cases"], before["ceilings"]
+    print(f"{file} has {len(found['cases'])} cases already, measured from {before['date']} on")
+    found["date"] = before["date"]
+
+
+def _measure_all(
+    waiting: list[Case], found: dict[str, Any], file: pathlib.Path, device: torch.device, options: Any
+) -> int:
+    began = time.monotonic()
+    minutes = options.minutes or (4.0 if options.quick else float("inf"))
+    try:
+        if found["ceilings"]["copy_gbps"] is None:
+            found["ceilings"] = timing.ceilings(device)
+        progress = tqdm(waiting, unit="case", disable=None, dynamic_ncols=True)
+        for case in progress:
+            if time.monotonic() - began > 60 * minutes:
+                print(f"{minutes:g} minutes are over: stopped before {case}", file=sys.stderr)
+                break
+            progress.set_description(str(case))
+            measured = measure(case, device, options.quick, options.dry_run)
+            found["cases"].append(measured)
+            results.write(found, file)
+            if not _alive():
+                print(f"the device failed in {case}: start the same command again to go on", file=sys.stderr)
+                return AGAIN
+    except KeyboardInterrupt:
+        print("interrupted; the cases before are kept, and the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _alive() -> bool:
+    """Whether the device still computes, which it does not after, say, an illegal address."""
+    try:
+        timing.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def measure(
+    case: Case, device: torch.device, few: bool, dry_run: bool, timed: bool = True, only: str = "*"
+) -> dict[str, Any]:
+    """One case: its contestants in order, each with its times, or with the problem that it has none.
+
+    timed: else they are only checked; only: the contestants beside eager whose names match.
+    """
+    with cases.arithmetic(case.dtype):
+        rows = _measure(case, device, few, dry_run, timed, only)
+    gc.collect()
+    if device.type == "cuda" and _alive():
+        torch.cuda.empty_cache()
+    return {
+        "what": case.what,
+        "rows": case.rows,
+        "widths": list(case.widths),
+        "dtype": case.dtype,
+        "flops": case.flops,
+        "least_bytes": case.least_bytes,
+        "contestants": rows,
+    }
+
+
+def _row(one: contestants.Contestant) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "family": one.family,
+        "graph": one.graph,
+        "problem": None,
+        "error_ratio": None,
+        "wall_us": None,
+        "device_us": None,
+        "tflops": None,
+        "gbps": None,
+        "peak_bytes": None,
+        "note": one.note,
+    }
+
+
+def _copies(case: Case, device: torch.device) -> int:
+    """So many inputs that they do not all stay in the cache, to twice its size; 2 on a CPU."""
+    if device.type != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    one = case.widths[0] * case.rows * cases.DTYPES[case.dtype].itemsize
+    return max(2, min(2048, -(-2 * cache // one)))
+
+
+def _measure(
+    case: Case, device: torch.device, few: bool, dry_run: bool, timed: bool, only: str
+) -> list[dict[str, Any]]:
+    cuda = device.type == "cuda"
+    compiling = not dry_run or (case.what, case.dtype) == (cases.INFERENCE, "float32")
+    field = contestants.contestants(case, device, few, compiling)
+    field = [one for one in field if one.name == "eager" or _matches(one.name, only)]
+    rows = [_row(one) for one in field]
+    try:
+        work = contestants.Work(case, device, _copies(case, device) if timed else 2)
+        exact = contestants.exactly(work)
+    except torch.OutOfMemoryError:
+        for row in rows:
+            row["problem"] = "not enough memory for the inputs and the results in float64"
+        return rows
+    if any(one.name.startswith("compile") for one in field):
+        torch.compiler.reset()  # else a module that comes back with other shapes is compiled for any
+    runs: dict[str, timing.Run] = {}
+    eagers: contestants.Results | None = None
+    for one, row in zip(field, rows, strict=True):
+        if cuda and not _alive():
+            row["problem"] = "not run: the device had failed"
+            continue
+        try:
+            runner, call = one.prepare(work)
+            found = runner.results(call)
+            if one.name == "eager":
+                eagers = found
+            if one.family != "other":
+                row["error_ratio"], row["problem"] = (
+                    (None, "not checked: eager PyTorch, whose error is the measure, did not run")
+                    if eagers is None
+                    else contestants.check(found, eagers, exact)
+                )
+            del found
+            if row["problem"] is None:
+                runs[one.name] = call
+                row["peak_bytes"] = _peak(call) if cuda and timed and not one.graph else None
+                if one.name == "fusedmlp auto":
+                    row["note"] = _what_auto_does(work)
+        except Exception as error:  # told of, and the others go on
+            row["problem"] = timing.first_line(error)
+            if isinstance(error, torch.OutOfMemoryError):
+                gc.collect()
+                torch.cuda.empty_cache()
+    del exact, eagers
+    if timed and (not cuda or _alive()):
+        try:
+            _time(case, rows, runs, len(work.xs), cuda, dry_run)
+        except RuntimeError as error:  # out of memory, for one
+            for row in rows:
+                row["problem"] = row["problem"] or f"not timed: {timing.first_line(error)}"
+    return rows
+
+
+def _time(
+    case: Case,
+    rows: list[dict[str, Any]],
+    runs: dict[str, timing.Run],
+    copies: int,
+    cuda: bool,
+    dry_run: bool,
+) -> None:
+    wall = timing.with_launching(runs, 2 if dry_run else 7, 1 if dry_run else 8)
+    alone: dict[str, Any] = {}
+    if cuda:
+        direct = {row["name"]: runs[row["name"]] for row in rows if row["name"] in runs and not row["graph"]}
+        alone = timing.on_the_device(direct, 5, copies)
+    for row in rows:
+        if row["name"] not in wall:
+            continue
+        row["wall_us"] = wall[row["name"]]
+        on_device = alone.get(row["name"])
+        if isinstance(on_device, str):
+            row["note"] = "; ".join(filter(None, [row["note"], f"no graph: {on_device}"]))
+        else:
+            row["device_us"] = on_device
+        best = min(t["median"] for t in (row["wall_us"], row["device_us"]) if t)
+        row["tflops"], row["gbps"] = 1e-6 * case.flops / best, 1e-3 * case.least_bytes / best
+
+
+def _peak(call: timing.Run) -> int:
+    """Bytes at most in use beyond what was before, during one call."""
+    timing.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call(0)
+    timing.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _what_auto_does(work: contestants.Work) -> str:
+    """The path that "auto" takes, and why."""
+    with torch.set_grad_enabled(not work.case.forward_only):
+        paths = {
+            f"PyTorch's operators: {row.reason}" if row.reason else f"kernels: {row.basis}"
+            for row in fusedmlp.explain(work.fused_model(), work.xs[0]).rows
+        }
+    return "; ".join(sorted(paths))

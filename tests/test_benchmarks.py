@@ -1,0 +1,401 @@
+"""The benchmark suite: it times nothing that is wrong, and loses nothing of what it has measured."""
+
+import copy
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+from conftest import HAS_TRITON
+
+pytest.importorskip("tqdm", reason="tqdm is not installed: no benchmark suite")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed: no benchmark suite")
+
+ROOT = pathlib.Path(__file__).parents[1]
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(ROOT))  # it is not installed
+    from benchmarks import cases, contestants, report, results, session, sweep
+    from benchmarks.cases import Case
+
+CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: no kernels to run")
+
+
+def benchmarks(*arguments: str | pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *map(str, arguments)], cwd=ROOT, text=True, capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
+    )  # fmt: skip
+
+
+# --- right before fast ---
+
+SMALL = [Case(what, 6, (5, 4) if "layer" in what else (5, 4, 3), "float32") for what in cases.KINDS]
+
+
+def field(*wrongs: contestants.Contestant) -> Any:
+    eager = contestants.Contestant("eager", "torch", False, contestants._plain)
+    return lambda *_: [eager, *wrongs]
+
+
+def one(prepare: Any) -> contestants.Contestant:
+    return contestants.Contestant(prepare.__name__, "torch", False, prepare)
+
+
+def almost(work: contestants.Work) -> contestants.Prepared:
+    """Right but for one value of one result, by one part in a thousand."""
+    runner = contestants.Runner(work, work.own_model())
+
+    def run(i: int) -> contestants.Results:
+        *rest, last = runner(i)
+        last = last.clone()
+        last.view(-1)[-1] *= 1.001
+        return (*rest, last)
+
+    return runner, run
+
+
+def deaf(work: contestants.Work) -> contestants.Prepared:
+    """As a graph that is always replayed on the input on which it was captured."""
+    runner = contestants.Runner(work, work.own_model())
+    return runner, lambda i: runner(0)
+
+
+def fails(work: contestants.Work) -> contestants.Prepared:
+    raise RuntimeError("this one cannot run\nfor a long reason")
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("wrong", [almost, deaf])
+def test_what_is_wrong_has_no_time(case: Case, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contestants, "contestants", field(one(wrong), one(contestants._plain)))
+    eager, refused, right = sweep.measure(case, CPU, False, True)["contestants"]
+    assert refused["problem"].startswith("wrong: result ")
+    assert refused["wall_us"] is refused["tflops"] is None
+    for row in (eager, right):
+        assert row["problem"] is None
+        assert row["wall_us"]["median"] > 0
+
+
+def test_a_step_is_checked_by_how_it_changes_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_momentum(work: contestants.Work) -> contestants.Prepared:
+        runner = contestants.Runner(work, work.own_model())
+        runner.optimizer = torch.optim.SGD(runner.parameters, lr=0.0101)
+        return runner, runner
+
+    monkeypatch.setattr(contestants, "contestants", field(one(no_momentum)))
+    (case,) = [case for case in SMALL if case.what == cases.STEP]
+    _, refused = sweep.measure(case, CPU, False, True)["contestants"]
+    assert refused["problem"].startswith("wrong: result 1")
+
+
+def test_what_cannot_run_says_why_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contestants, "contestants", field(one(fails), one(contestants._plain)))
+    rows = sweep.measure(SMALL[0], CPU, False, True)["contestants"]
+    assert [row["problem"] for row in rows] == [None, "RuntimeError: this one cannot run", None]
+    assert rows[1]["wall_us"] is None
+
+
+def test_without_eager_there_is_no_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = contestants.Contestant("eager", "torch", False, fails)
+    monkeypatch.setattr(contestants, "contestants", lambda *_: [broken, one(contestants._plain)])
+    rows = sweep.measure(SMALL[0], CPU, False, True)["contestants"]
+    assert rows[1]["problem"].startswith("not checked: eager PyTorch")
+    assert rows[1]["wall_us"] is None
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_float64_in_parts_is_float64_at_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = contestants.Work(case, CPU, 2)
+    whole = contestants.exactly(work)
+    monkeypatch.setattr(contestants, "MOST_AT_ONCE", 2 * max(case.widths))  # two rows at a time
+    for parts, at_once in zip(contestants.exactly(work), whole, strict=True):
+        torch.testing.assert_close(parts, at_once)
+
+
+def test_contestants_do_not_disturb_each_other() -> None:
+    """Of a step each has its own weights; of the rest they are shared, and nobody changes them."""
+    for case in SMALL:
+        work = contestants.Work(case, CPU, 2)
+        before = copy.deepcopy(work.model.state_dict())
+        names = ("eager", "eager, fused optimizer", "fusedmlp auto", "fusedmlp torch")
+        prepared = [
+            kind.prepare(work)
+            for kind in contestants.contestants(case, CPU, False, False)
+            if kind.name in names
+        ]
+        first = prepared[0][0].results(prepared[0][1])
+        for _ in range(2):  # in turns, as when they are timed
+            for runner, call in prepared:
+                call(0)
+                for one, same in zip(runner.results(call), first, strict=True):
+                    torch.testing.assert_close(one, same)
+        for name, value in work.model.state_dict().items():
+            assert torch.equal(value, before[name])
+        assert all(p.grad is None for p in work.model.parameters())
+
+
+def test_flops_and_bytes_by_hand() -> None:
+    layer = Case(cases.LAYER_BOTH, 10, (3, 5), "bfloat16")
+    assert layer.flops == 3 * 2 * 10 * 3 * 5
+    # Forward x, weight, bias, y; backward grad_y, y's mask, x, grad_weight, grad_bias, weight, grad_x.
+    forward = 30 + 15 + 5 + 50
+    assert layer.least_bytes == 2 * (forward + 50 + 50 + 30 + 15 + 5 + 15 + 30)
+    assert layer._replace(what=cases.LAYER_FORWARD).least_bytes == 2 * forward
+    network = Case(cases.BOTH, 10, (3, 5, 7), "float32")
+    assert network.flops == 2 * 10 * (3 * 15 + 3 * 35 - 15)  # no gradient of the data
+
+
+# --- files of results, and what is said of them ---
+
+
+def timed(name: str, us: float, family: str = "torch", graph: bool = False, **changes: Any) -> dict[str, Any]:
+    time = {"median": us, "low": 0.95 * us, "high": 1.05 * us, "rounds": 7}
+    return {
+        "name": name, "family": family, "graph": graph, "problem": None, "error_ratio": 1.0, "wall_us": time,
+        "device_us": None, "tflops": 1.0, "gbps": 1.0, "peak_bytes": None, "note": None,
+    } | changes  # fmt: skip
+
+
+def file_of(*rows: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    case = Case(cases.BOTH, 64, (8, 16, 4), "float32")
+    return results.about(CPU, False) | {
+        "ceilings": {"copy_gbps": 10.0, "tflops": {"float32": 0.05}},
+        "cases": [
+            {
+                "what": case.what, "rows": case.rows, "widths": list(case.widths), "dtype": case.dtype,
+                "flops": case.flops, "least_bytes": case.least_bytes, "contestants": list(rows),
+            }
+        ],
+    } | changes  # fmt: skip
+
+
+def written(folder: pathlib.Path, found: dict[str, Any]) -> pathlib.Path:
+    folder.mkdir(exist_ok=True)
+    results.write(found, folder / "results.json")
+    return folder / "results.json"
+
+
+def test_losses_are_told_as_plainly_as_wins(tmp_path: pathlib.Path) -> None:
+    rows = [timed("eager", 100), timed("compile", 80), timed("eager in a graph", 10, graph=True)]
+    found = file_of(*rows, timed("fusedmlp auto", 100, "fusedmlp"))
+    report.write(found, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    # By the best of PyTorch's without a graph, 80: not by eager, nor by the graph.
+    loss = text.split("## Where PyTorch is faster")[1].split("##")[0]
+    assert (
+        "| MLP forward+backward 64x8x16x4 float32 | auto | 0.80x | 100 ± 5 | 80.0 ± 4.0 | compile |" in loss
+    )
+    assert "| MLP forward+backward, float32 | auto | 0.80x | 0.80x | 0.80x | 1 | 0 | 0 |" in text
+    assert "0.80x in the geometric mean; slower 1, equal 0, faster 0" in "\n".join(report.headline(found))
+    found["cases"][0]["contestants"][-1] = timed("fusedmlp auto", 40, "fusedmlp")
+    report.write(found, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "In no case beyond the noise." in text
+    assert "| MLP forward+backward, float32 | auto | 2.00x | 2.00x | 2.00x | 0 | 0 | 1 |" in text
+
+
+def test_a_wrong_result_is_shown_as_wrong(tmp_path: pathlib.Path) -> None:
+    problem = "wrong: result 0: maximum error 1"
+    bad = timed("fusedmlp auto", 1, "fusedmlp", problem=problem, wall_us=None)
+    absent = timed("fusedmlp chain", 1, "fusedmlp", problem="RuntimeError: no GPU", wall_us=None)
+    found = file_of(timed("eager", 100), bad, absent)
+    report.write(found, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert f"- **MLP forward+backward 64x8x16x4 float32, fusedmlp auto: {problem}**" in text
+    assert "| **wrong** | - |" in text
+    assert "- fusedmlp chain, MLP forward+backward 64x8x16x4 float32: RuntimeError: no GPU" in text
+    assert "wrong results: 1" in report.headline(found)
+
+
+def test_plots_that_have_data_are_drawn_and_the_others_say_why(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "memory.png").write_text("of other results")
+    drawn = report.write(file_of(timed("eager", 2), timed("fusedmlp auto", 1, "fusedmlp")), tmp_path)
+    assert [path.name for path in drawn] == ["results.md", "speedup.png", "roofline.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn[1:])
+    assert not (tmp_path / "memory.png").exists()
+    text = (tmp_path / "results.md").read_text()
+    assert "memory.png is not drawn: peak memory is that of a GPU's allocator" in text
+    assert "steps.png is not drawn: no training step has a time" in text
+    gpu = file_of(timed("eager", 2, peak_bytes=100), timed("fusedmlp chain", 1, "fusedmlp", peak_bytes=60))
+    gpu["device"]["type"] = "cuda"
+    assert "memory.png" in [path.name for path in report.write(gpu, tmp_path)]
+
+
+def test_comparison(tmp_path: pathlib.Path) -> None:
+    first = file_of(timed("eager", 100), timed("compile", 100), timed("fusedmlp auto", 100, "fusedmlp"))
+    later = file_of(timed("eager", 104), timed("compile", 150), timed("fusedmlp auto", 50, "fusedmlp"))
+    later["cases"].append(later["cases"][0] | {"rows": 128})
+    files = [written(tmp_path / name, found) for name, found in (("a", first), ("b", later))]
+    run = benchmarks("report", *files)
+    assert run.returncode == 0, run.stderr
+    assert "fusedmlp auto: faster, 100 ± 5 -> 50.0 ± 2.5 us, 2.00x" in run.stdout
+    assert "compile: slower, 100 ± 5 -> 150 ± 8 us, 0.67x" in run.stdout
+    assert "eager:" not in run.stdout  # within the spread
+    assert "1 cases in both: 1 slower, 1 equal, 1 faster." in run.stdout
+    assert "only in 2: MLP forward+backward 128x8x16x4 float32" in run.stdout
+    assert "DIFFERENT" not in run.stdout
+
+
+def test_comparison_of_different_devices_says_so_first_and_last(tmp_path: pathlib.Path) -> None:
+    first, later = file_of(timed("eager", 100)), file_of(timed("eager", 10))
+    later["device"]["name"] = "another"
+    lines = list(report.comparison(first, later, "a", "b"))
+    assert lines[2].startswith("DIFFERENT DEVICES")
+    assert lines[-1] == lines[2]
+
+
+def test_comparison_tells_what_broke() -> None:
+    broken = timed("eager", 1, problem="wrong: result 0", wall_us=None)
+    lines = list(report.comparison(file_of(timed("eager", 100)), file_of(broken), "a", "b"))
+    assert "MLP forward+backward 64x8x16x4 float32, eager: wrong: result 0, was: ran" in lines
+    assert any("1 broken" in line for line in lines)
+
+
+DAMAGED = {
+    "absent": (None, "there is no such file"),
+    "truncated": (json.dumps(file_of(timed("eager", 1)))[:-100], "is not JSON"),
+    "no results": ('{"format": "none"}', "is no results.json"),
+    "a list": ("[]", "is no results.json"),
+    "future": ('{"format": 99}', "has format 99, and this version reads 1"),
+    "no cases": ('{"format": 1}', "has an entry that is none (KeyError: 'cases')"),
+    "negative": (json.dumps(file_of(timed("eager", -1))), "has an entry that is none (AssertionError)"),
+    "binary": (b"\x89PNG\xff", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("content", "problem"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_named(content: Any, problem: str, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "results.json"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(results.Unreadable) as refusal:
+        results.read(file)
+    assert str(refusal.value).startswith(str(file))
+    assert problem in str(refusal.value)
+
+
+# --- the command ---
+
+
+def test_mistakes_on_the_command_line(tmp_path: pathlib.Path) -> None:
+    run = benchmarks("--only", "no such case", "--out", tmp_path / "new")
+    assert run.returncode == 2
+    assert run.stderr.endswith("no case matches no such case; --list shows them all\n")
+    assert not (tmp_path / "new").exists()
+    run = benchmarks("report", tmp_path / "nothing.json")
+    assert (run.returncode, run.stderr) == (2, f"{tmp_path / 'nothing.json'}: there is no such file\n")
+    run = benchmarks("--list", "--only", "mlp*784*")
+    assert run.returncode == 0
+    assert "MLP inference 64x784x256x128x10 float32\n" in run.stdout
+    assert "layer" not in run.stdout
+
+
+def test_an_interrupted_sweep_goes_on(tmp_path: pathlib.Path) -> None:
+    command = ("--dry-run", "--no-report", "--out", tmp_path, "--only")
+    assert benchmarks(*command, "layer forward 8x*").returncode == 0
+    before = results.read(tmp_path / "results.json")["cases"]
+    assert len(before) == 2
+    run = benchmarks(*command, "layer forward *")
+    assert run.returncode == 0, run.stderr
+    assert "has 2 cases already" in run.stdout
+    after = results.read(tmp_path / "results.json")["cases"]
+    assert after[:2] == before
+    assert len(after) == 4
+    # But not with what was measured elsewhere.
+    found = json.loads((tmp_path / "results.json").read_text())
+    found["device"]["name"] = "another"
+    written(tmp_path, found)
+    run = benchmarks(*command, "layer*")
+    assert run.returncode == 2
+    assert "has results of another device" in run.stderr
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+
+
+@needs_triton
+@pytest.mark.kernels
+def test_numerics_of_the_kernels() -> None:
+    command = [sys.executable, "-m", "benchmarks.numerics", "--small", "--only", "fusedmlp chain"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "14 checks: 0 wrong, 0 did not run" in run.stdout
+
+
+# --- the session ---
+
+
+def python(code: str) -> Any:
+    return lambda setting: [sys.executable, "-c", code]
+
+
+def test_a_part_that_crashes_or_hangs_loses_nothing(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "GRACE", 2)
+    grandchild = tmp_path / "grandchild"
+    late = f"import time, pathlib; time.sleep(8); pathlib.Path({str(grandchild)!r}).touch()"
+    hang = (  # deaf to the interrupt, and with a child that would outlive it
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"subprocess.Popen([sys.executable, '-c', {late!r}])\n"
+        "print('before the end', flush=True)\n"
+        "time.sleep(60)"
+    )
+    again = (
+        f"import pathlib, sys\nfile = pathlib.Path({str(tmp_path / 'count')!r})\n"
+        "count = int(file.read_text()) + 1 if file.exists() else 1\n"
+        "file.write_text(str(count))\nprint('time', count)\n"
+        f"sys.exit({sweep.AGAIN} if count < 3 else 0)"
+    )
+    parts = (
+        session.Part("good", 10, python("print('noise\\n\\nthe result\\nof two lines')"), lines=2),
+        session.Part("crash", 10, python("import os; print('so far', flush=True); os.abort()")),
+        session.Part("hang", 0.2, python(hang)),
+        session.Part("fails", 10, python("raise SystemExit('a reason')")),
+        session.Part("not here", 10, python(f"print('no such tool'); raise SystemExit({session.LEFT_OUT})")),
+        session.Part("again", 10, python(again)),
+        session.Part("last", 10, python("print('the last')")),
+    )
+    assert session.go(parts, tmp_path / "out", 5.0, True) == 1
+    page = (tmp_path / "out" / "summary.md").read_text()
+    assert page in capsys.readouterr().out
+    assert "1. good: **done**" in page
+    assert "   the result\n   of two lines\n2. crash: **CRASHED by signal 6 (SIGABRT)**" in page
+    assert "3. hang: **stopped after " in page
+    assert "   before the end\n4. fails: **FAILED with exit status 1**" in page
+    assert "5. not here: **left out**" in page
+    assert "   no such tool\n6. again: **done**" in page
+    assert "   time 3\n7. last: **done**" in page
+    log = (tmp_path / "out" / "log.txt").read_text()
+    for said in ("noise", "so far", "a reason", "the last"):
+        assert f"\n{said}\n" in log
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", "summary.md"]
+    time.sleep(max(0.0, 8 - (time.time() - (tmp_path / "count").stat().st_mtime)))
+    assert not grandchild.exists()
+
+
+def test_when_time_is_over_nothing_begins(tmp_path: pathlib.Path) -> None:
+    parts = [session.Part(name, 1, python("import time; time.sleep(30)")) for name in ("first", "second")]
+    assert session.go(parts, tmp_path, 1.5 / 60, True) == 1
+    page = (tmp_path / "summary.md").read_text()
+    assert "1. first: **stopped after " in page
+    assert "2. second: **no time was left**" in page
+
+
+def test_all_good_is_0(tmp_path: pathlib.Path) -> None:
+    assert session.go([session.Part("one", 1, python("print(1)"))], tmp_path, 1.0, True) == 0
+
+
+def test_refusals_of_a_session(tmp_path: pathlib.Path) -> None:
+    run = benchmarks("gpu-session", "--out", tmp_path / "new")
+    assert run.returncode == 2
+    if HAS_TRITON:
+        assert run.stderr == "there is no CUDA device; --dry-run exercises every part on the CPU\n"
+    else:
+        assert "Triton is not installed" in run.stderr
+    assert not (tmp_path / "new").exists()
