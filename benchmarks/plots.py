@@ -8,7 +8,7 @@ from matplotlib.figure import Figure  # without pyplot: nothing here needs a dis
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.cases import BOTH, KINDS, STEP
-from benchmarks.results import COMPARISONS, NOISE, best, named, speedup
+from benchmarks.results import COMPARISONS, NOISE, best, named, pair
 
 COLORS = {"bfloat16": "#1d3557", "float16": "#2a9d8f", "tf32": "#e07a1f", "float32": "#8d5a97"}
 FAMILIES = {"torch": "#b0b7c3", "fusedmlp": "#1d3557", "other": "#e3e3e3"}
@@ -66,10 +66,10 @@ def _label(case: dict[str, Any]) -> str:
 
 def speedups(results: dict[str, Any]) -> Figure | str:
     points = [
-        (case, comparison[0], ratio)
+        (case, comparison[0], found.ratio)
         for case in results["cases"]
         for comparison in COMPARISONS
-        if (ratio := speedup(case, comparison)) is not None
+        if (found := pair(case, comparison)) is not None
     ]
     if not points:
         return "in no case did both PyTorch and fusedmlp give a time"

@@ -11,14 +11,16 @@ from benchmarks import plots
 from benchmarks.results import (
     COMPARISONS,
     NOISE,
+    Pair,
     Unreadable,
     best,
     floor_us,
     geometric_mean,
     name_of,
     named,
+    pair,
     read,
-    speedup,
+    verdict,
 )
 
 AUTO = COMPARISONS[0]
@@ -85,21 +87,18 @@ def headline(results: dict[str, Any]) -> list[str]:
         f"{len(results['cases'])} cases on {results['device']['name']}, times by the best of PyTorch:"
     )
     for comparison in COMPARISONS:
-        ratios = [r for case in results["cases"] if (r := speedup(case, comparison)) is not None]
-        if ratios:
-            lines.append(f"  {comparison[0] + ':':<15}{_verdicts(ratios)}")
+        pairs = [p for case in results["cases"] if (p := pair(case, comparison)) is not None]
+        if pairs:
+            mean = geometric_mean([p.ratio for p in pairs])
+            counts = ", ".join(f"{key} {count}" for key, count in _counted(pairs).items())
+            lines.append(f"  {comparison[0] + ':':<15}{mean:.2f}x in the geometric mean; {counts}")
     wrong = list(_wrong(results))
     lines.append(f"wrong results: {len(wrong) or 'none'}")
     return lines + [f"  {case}: {name}: {problem}" for case, name, problem in wrong[:5]]
 
 
-def _verdicts(ratios: Sequence[float]) -> str:
-    slower = sum(ratio < NOISE for ratio in ratios)
-    faster = sum(ratio > 1 / NOISE for ratio in ratios)
-    return (
-        f"{geometric_mean(list(ratios)):.2f}x in the geometric mean; "
-        f"slower {slower}, equal {len(ratios) - slower - faster}, faster {faster}"
-    )
+def _counted(pairs: Sequence[Pair]) -> dict[str, int]:
+    return {key: sum(p.verdict == key for p in pairs) for key in ("slower", "equal", "faster")}
 
 
 def _wrong(results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -122,13 +121,14 @@ def _markdown(
         f"- fusedmlp {results['versions']['fusedmlp']}, commit {results['commit'] or 'unknown'}",
         f"- {results['date']}, `{results['command']}`",
         f"- {_ceilings(results)}",
+        f"- clock: {results['device']['clock']}",
         "",
         "Times are microseconds a call, medians ± half the range from the 20th to the 80th percentile, "
         "launching included unless said otherwise. A ratio is the time of the best contestant of PyTorch's "
-        f"by ours: above 1 ours is faster, from {NOISE} to {1 / NOISE:.2f} is called equal. Before a time "
-        "comes a check, each result against float64, with at most twice eager PyTorch's error; what is wrong "
-        "has no time. The floor is what the FLOPs, or the bytes of kernels that compute one layer each, take "
-        "at the ceilings.",
+        f"by ours: above 1 ours is faster; from {NOISE} to {1 / NOISE:.2f}, and where the two ranges "
+        "overlap, it is called equal. Before a time comes a check, each result against float64, with at most "
+        "twice eager PyTorch's error; what is wrong has no time. The floor is what the FLOPs, or the bytes "
+        "of kernels that compute one layer each, take at the ceilings.",
         "",
         "## In one look",
         "",
@@ -168,13 +168,12 @@ def _overview(results: dict[str, Any]) -> Iterator[str]:
         groups[case["what"], case["dtype"]].append(case)
     for (what, dtype), several in groups.items():
         for comparison in COMPARISONS:
-            ratios = [r for case in several if (r := speedup(case, comparison)) is not None]
-            if ratios:
-                slower, faster = sum(r < NOISE for r in ratios), sum(r > 1 / NOISE for r in ratios)
+            pairs = [p for case in several if (p := pair(case, comparison)) is not None]
+            if pairs:
+                ratios = [p.ratio for p in pairs]
                 rows.append([
                     f"{what}, {dtype}", comparison[0], f"{geometric_mean(ratios):.2f}x",
-                    f"{min(ratios):.2f}x", f"{max(ratios):.2f}x",
-                    str(slower), str(len(ratios) - slower - faster), str(faster),
+                    f"{min(ratios):.2f}x", f"{max(ratios):.2f}x", *map(str, _counted(pairs).values()),
                 ])  # fmt: skip
     yield "`auto` against the best of eager, `torch.compile` and whatever else needs no graph; `in a graph` "
     yield "against the best of PyTorch's CUDA graphs; `kernels alone`: the forced kernels' chain against the "
@@ -188,15 +187,12 @@ def _losses(results: dict[str, Any]) -> Iterator[str]:
     rows = []
     for case in results["cases"]:
         for comparison in COMPARISONS:
-            ratio = speedup(case, comparison)
-            if ratio is not None and ratio < NOISE:
-                _, name, clock, graph = comparison
-                ours, torchs = named(case, name), best(case, "torch", clock, graph)
-                assert ours is not None
-                assert torchs is not None
-                note = ours["note"] or ""
-                cells = [name_of(case), comparison[0], f"{ratio:.2f}x", _us(ours[clock]), _us(torchs[clock])]
-                rows.append((ratio, [*cells, torchs["name"], note]))
+            found = pair(case, comparison)
+            if found is not None and found.verdict == "slower":
+                ours, torchs, clock = found.ours, found.torchs, comparison[2]
+                cells = [name_of(case), comparison[0], f"{found.ratio:.2f}x", _us(ours[clock])]
+                cells += [_us(torchs[clock]), torchs["name"], ours["note"] or ""]
+                rows.append((found.ratio, cells))
     if not rows:
         yield "In no case beyond the noise."
         return
@@ -221,7 +217,7 @@ def _problems(results: dict[str, Any]) -> Iterator[str]:
 
 def _cases(several: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> Iterator[str]:
     """One row a case: the best of PyTorch's and ours, in each way of running."""
-    used = [c for c in COMPARISONS if any(speedup(case, c) is not None for case in several)] or [AUTO]
+    used = [c for c in COMPARISONS if any(pair(case, c) is not None for case in several)] or [AUTO]
     head = ["case", "floor us"]
     for comparison in used:
         head += [f"PyTorch us, {comparison[0]}" if comparison != AUTO else "PyTorch us", "by"]
@@ -230,16 +226,12 @@ def _cases(several: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> Itera
     for case in several:
         floor = floor_us(case, ceilings)
         row = [f"{case['rows']}x{'x'.join(map(str, case['widths']))} {case['dtype']}"]
-        row.append("" if floor is None else f"{floor[0]:.3g} ({floor[1]})")
+        row.append("" if floor is None else f"{_number(floor[0])} ({floor[1]})")
         for comparison in used:
             _, name, clock, graph = comparison
-            torchs, ours, ratio = (
-                best(case, "torch", clock, graph),
-                named(case, name),
-                speedup(case, comparison),
-            )
+            torchs, ours, found = best(case, "torch", clock, graph), named(case, name), pair(case, comparison)
             row += ["-", "-"] if torchs is None else [_us(torchs[clock]), torchs["name"]]
-            row += [_cell(ours, clock), "-" if ratio is None else f"{ratio:.2f}x"]
+            row += [_cell(ours, clock), "-" if found is None else f"{found.ratio:.2f}x"]
         rows.append(row)
     yield from _table(head, rows)
 
@@ -250,6 +242,10 @@ def _cell(row: dict[str, Any] | None, clock: str) -> str:
     if (row["problem"] or "").startswith("wrong"):
         return "**wrong**"
     return "did not run" if row[clock] is None else _us(row[clock])
+
+
+def _number(us: float) -> str:
+    return f"{us:.0f}" if us >= 100 else f"{us:.3g}"
 
 
 def _us(time: dict[str, float]) -> str:
@@ -297,14 +293,12 @@ def comparison(
                 old, new = other[clock], row[clock]
                 if old is None or new is None:
                     continue
-                verdict = _verdict(old, new)
-                counts[verdict] += 1
-                if verdict != "equal":
+                told = verdict(old, new)
+                counts[told] += 1
+                if told != "equal":
                     ratio = old["median"] / new["median"]
                     alone = ", device alone" if clock == "device_us" else ""
-                    rows.append(
-                        (ratio, f"{what}{alone}: {verdict}, {_us(old)} -> {_us(new)} us, {ratio:.2f}x")
-                    )
+                    rows.append((ratio, f"{what}{alone}: {told}, {_us(old)} -> {_us(new)} us, {ratio:.2f}x"))
     yield ""
     yield from (line for _, line in sorted(rows))
     yield ""
@@ -317,10 +311,3 @@ def comparison(
         if mine:
             yield f"only in {which}: {', '.join(sorted(mine))}"
     yield from warnings
-
-
-def _verdict(old: dict[str, float], new: dict[str, float]) -> str:
-    """Beyond the spread: the ranges of the two, from the 20th to the 80th percentile, do not overlap."""
-    if new["high"] < old["low"]:
-        return "faster"
-    return "slower" if new["low"] > old["high"] else "equal"

@@ -11,15 +11,16 @@ import platform
 import re
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import fusedmlp
+from benchmarks.timing import clock
 
 ROOT = pathlib.Path(__file__).parents[1]
 FORMAT = 1
-NOISE = 0.98  # a ratio from here to its reciprocal is called equal
+NOISE = 0.98  # a ratio from here to its reciprocal is called equal, whatever the spread
 
 
 class Unreadable(ValueError):
@@ -51,6 +52,7 @@ def about(device: torch.device, dry_run: bool) -> dict[str, Any]:
             else None,
             "driver": driver and driver.splitlines()[0],
             "threads": torch.get_num_threads(),
+            "clock": clock(device)[1],
         },
         "versions": {
             "python": platform.python_version(),
@@ -106,7 +108,9 @@ def read(file: pathlib.Path) -> dict[str, Any]:
                 assert isinstance(row["name"], str)
                 for what in ("wall_us", "device_us"):
                     assert row[what] is None or all(row[what][key] > 0 for key in ("median", "low", "high"))
-        ", ".join((found["device"]["name"], found["date"], found["versions"]["torch"]))
+        ", ".join(
+            (found["device"]["name"], found["device"]["clock"], found["date"], found["versions"]["torch"])
+        )
         found["ceilings"]["tflops"].get("float32")
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
         what = f"{type(error).__name__}: {error}".removesuffix(": ")
@@ -142,14 +146,31 @@ COMPARISONS = (
 )
 
 
-def speedup(case: dict[str, Any], comparison: tuple[str, str, str, bool]) -> float | None:
-    """The best of PyTorch's time by ours; None where one of them has none."""
+class Pair(NamedTuple):
+    """Our contestant and the best of PyTorch's, PyTorch's time by ours, and what that is called."""
+
+    ours: dict[str, Any]
+    torchs: dict[str, Any]
+    ratio: float
+    verdict: str
+
+
+def pair(case: dict[str, Any], comparison: tuple[str, str, str, bool]) -> Pair | None:
+    """None where one of them has no time."""
     _, name, clock, graph = comparison
     ours, torchs = named(case, name), best(case, "torch", clock, graph)
     if ours is None or ours[clock] is None or torchs is None:
         return None
-    ratio: float = torchs[clock]["median"] / ours[clock]["median"]
-    return ratio
+    ratio = torchs[clock]["median"] / ours[clock]["median"]
+    told = "equal" if NOISE <= ratio <= 1 / NOISE else verdict(torchs[clock], ours[clock])
+    return Pair(ours, torchs, ratio, told)
+
+
+def verdict(old: dict[str, float], new: dict[str, float]) -> str:
+    """Beyond the spread: the ranges of the two, from the 20th to the 80th percentile, do not overlap."""
+    if new["high"] < old["low"]:
+        return "faster"
+    return "slower" if new["low"] > old["high"] else "equal"
 
 
 def floor_us(case: dict[str, Any], ceilings: dict[str, Any]) -> tuple[float, str] | None:
