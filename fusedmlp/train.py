@@ -1,4 +1,4 @@
-"""``TrainStep``: forward, loss, backward and update as one call, on the fastest route that is exactly right."""
+"""``TrainStep``: forward, loss, backward and update as one call, on the fastest route that is right."""
 
 import contextlib
 import warnings
