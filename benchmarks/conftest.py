@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from benchmarks.interleaved import Row, interleaved, noise, table
 
 Race = Callable[[str, str, Mapping[str, Callable[[], object]]], None]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 AGAIN = "again"  # the name of the first contestant's second entry
 _SAMPLE = 2e-3  # seconds that one turn takes at least
-_PER_BLOCK = 4  # columns of ratios that fit into 80 characters
+_PER_BLOCK = 3  # columns of ratios that fit into 80 characters
 
 
 class Timing(NamedTuple):
@@ -56,12 +56,12 @@ def table(title: str, rows: list[Row]) -> str:
     lines = [title]
     for i in range(0, len(others), _PER_BLOCK):
         block = others[i : i + _PER_BLOCK]
-        lines.append(f"{'':{width}} {first[:9] + ' us':>12}" + "".join(f"{name:>16}" for name in block))
+        lines.append(f"{'':{width}} {first[:9] + ' us':>12}" + "".join(f"{name:>19}" for name in block))
         for row in rows:
             cells = (row.timings[name] for name in block)
             lines.append(
                 f"{row.name:{width}} {1e6 * row.timings[first].seconds:12.1f}"
-                + "".join(f"{f'{cell.ratio:.2f} [{cell.low:.2f}-{cell.high:.2f}]':>16}" for cell in cells)
+                + "".join(f"{f'{cell.ratio:.2f} [{cell.low:.2f}-{cell.high:.2f}]':>19}" for cell in cells)
             )
     return "\n".join(lines)
 
