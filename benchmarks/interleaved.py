@@ -1,11 +1,13 @@
 """Contestants that take turns, timed in the CPU time of this thread: other work on the machine counts little.
 
-Every round runs each contestant once, in an order that rotates. A ratio is of medians over all rounds, its
-spread the 10 % and 90 % of the ratios of single rounds. The first contestant is the one all are compared
-with; give it a second time, as "again": its ratio to itself says what the machine's noise can do.
+Every round runs each contestant once, in an order that is drawn, as it matters who comes after whom. A ratio
+is of medians over all rounds, its spread the 10 % and 90 % of the ratios of single rounds. The first
+contestant is the one all are compared with; give it a second time, as "again": its ratio to itself says what
+the machine's noise can do.
 """
 
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -38,12 +40,11 @@ def interleaved(
     calls = {name: _calls_of(run) for name, run in contestants.items()}
     names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    start = time.thread_time()
+    draw, start = random.Random(0), time.thread_time()
     for number in itertools.count():
         if number >= rounds and time.thread_time() - start > seconds:
             break
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in draw.sample(names, len(names)):
             samples[name].append(_time(contestants[name], calls[name]))
     first = samples[names[0]]
     return {name: _timing(first, samples[name]) for name in names}

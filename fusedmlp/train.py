@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from fusedmlp import _direct
+from fusedmlp._recipe import NO_STATE, Recipe, recipe_of, why_watched
+
 LossFunction = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
@@ -53,11 +56,54 @@ class TrainStep:
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The loss of this batch, detached, after which the model is trained by it."""
-        return self._ordinary(x, y)
+        recipe = self._recipe_for_direct(x, y)
+        if isinstance(recipe, str):
+            return self._ordinary(x, y)
+        first = self._accumulated == 0
+        last = self._accumulated + 1 == self.accumulate
+        loss = _direct.run(
+            recipe,
+            x,
+            y,
+            first=first,
+            last=last,
+            accumulate=self.accumulate,
+            clip_grad_norm=self.clip_grad_norm,
+            compute_dtype=self._compute_dtype(x),
+        )
+        self._accumulated = 0 if last else self._accumulated + 1
+        if last and "step" in vars(self.optimizer):  # a scheduler asks whether the optimizer has stepped
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        return loss
 
     def explain(self, x: torch.Tensor, y: torch.Tensor) -> str:
         """Which route a step with this batch takes, and why no faster one. Nothing is run."""
-        return "The ordinary step."
+        recipe = self._recipe_for_direct(x, y)
+        if not isinstance(recipe, str):
+            return "Direct: forward, loss, backward and update in ATen calls, without autograd."
+        text = f"Ordinary: zero_grad, forward, loss, backward, step. Not direct: {recipe}."
+        return text + (" Direct from the next step on." if recipe is NO_STATE else "")
+
+    def _recipe_for_direct(self, x: torch.Tensor, y: torch.Tensor) -> Recipe | str:
+        """What the step without autograd needs, or why not that."""
+        if not x.is_cpu:
+            return "x is not on the CPU"
+        if self.scaler is not None:
+            return "a GradScaler is given"
+        if (reason := why_watched("cpu")) is not None:
+            return reason
+        recipe = recipe_of(self.model, self.loss_fn, self.optimizer)
+        if isinstance(recipe, str):
+            return recipe
+        if self.compute_dtype is not None and recipe.weights[0].dtype is not torch.float32:
+            return f"compute_dtype is given, and the model is {recipe.weights[0].dtype}"
+        return _direct.why_not(recipe, x, y) or recipe
+
+    def _compute_dtype(self, x: torch.Tensor) -> torch.dtype | None:
+        """In which the products are computed, if not the model's."""
+        if self.compute_dtype is None or (x.is_cpu and _direct.why_not_bfloat16() is not None):
+            return None
+        return self.compute_dtype
 
     def epoch(
         self,
@@ -108,9 +154,8 @@ class TrainStep:
         return loss.detach()
 
     def _autocast(self, x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-        if self.compute_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(x.device.type, self.compute_dtype)
+        dtype = self._compute_dtype(x)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(x.device.type, dtype)
 
     def _update(self) -> None:
         """By the gradients in .grad."""
