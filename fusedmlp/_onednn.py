@@ -22,17 +22,20 @@ _LEAST_INPUTS = 2048  # below, nothing else is asked: at batch 1 that would be a
 _MOST_TERMS = 1024
 
 
+def off() -> bool:
+    """The quickest sign that there is nothing here to take: gradients, or a tracer.
+
+    torch.jit.trace compares what it traced with and without gradients, down to the lines of the source.
+    """
+    return torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
+
+
 def linear_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool
 ) -> torch.Tensor:
     """``x (..., K) @ weight.T (K, N) + bias (N,)``, then ReLU if asked: ``(..., N)``."""
-    # Asked here already, for small calls count, and a tracer warns of questions about sizes.
-    if (
-        torch.is_grad_enabled()
-        or torch._C._get_tracing_state() is not None
-        or x.numel() < _LEAST_INPUTS
-        or why_not(x, weight, bias) is not None
-    ):
+    # The size is asked here already: small calls count.
+    if off() or x.numel() < _LEAST_INPUTS or why_not(x, weight, bias) is not None:
         return _reference.linear_forward(x, weight, bias, relu)
     y = product(x, weight, bias)
     return y.relu_() if relu else y

@@ -34,7 +34,7 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     try:
         # Without a ReLU there is nothing to fuse: why_not_fused says so of every call that is not forced.
         if quiet():
-            if torch.is_grad_enabled() or not surely_unfused(input):
+            if _onednn.off() or not surely_unfused(input):
                 return F.linear(input, weight, bias)
             return _onednn.linear_forward(input, weight, bias, False)
         return _fused_or_reason(input, [weight], [bias], False)
@@ -133,8 +133,7 @@ def _plain(
 ) -> torch.Tensor:
     """By PyTorch's operators."""
     last = len(weights) - 1
-    # torch.jit.trace compares what it traced with and without gradients, down to the lines of the source.
-    if torch.is_grad_enabled() or torch._C._get_tracing_state() is not None:
+    if _onednn.off():
         return _reference.mlp_forward(x, weights, biases, final_relu, last)[0]
     for i, weight in enumerate(weights):
         x = _onednn.linear_forward(x, weight, biases[i], final_relu or i < last)

@@ -154,8 +154,16 @@ def test_mistakes_are_torchs(onednn: None) -> None:
 def build(nn: Any) -> torch.nn.Module:
     torch.manual_seed(0)
     model: torch.nn.Module = nn.Sequential(
-        nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10)
-    )
+        nn.Linear(784, 256),
+        nn.ReLU(),
+        nn.Linear(256, 200),
+        nn.ReLU(),
+        nn.Tanh(),
+        nn.Linear(200, 200),
+        nn.ReLU(),
+        nn.Tanh(),
+        nn.Linear(200, 200),
+    )  # a chain of layers, a layer with its ReLU and one alone
     return model
 
 
