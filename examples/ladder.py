@@ -61,8 +61,8 @@ def ladder(args: argparse.Namespace, data: Mnist) -> list[dict[str, Any]]:
     say(_table(rows))
     first, second, last = (statistics.median(rungs[i].trainer.seconds) for i in (0, 1, 4))
     say(
-        f"From the first row to TrainStep.epoch it is a factor of {first / last:.1f}: {first / second:.1f} by "
-        f"the loader, which plain PyTorch can drop too, and {second / last:.1f} on the same preloaded data."
+        f"From the first row to TrainStep.epoch it is a factor of {first / last:.1f}: {first / second:.1f}"
+        f" by the loader, which plain PyTorch can drop too, and {second / last:.1f} on the same data."
     )
     say("first: a few steps on a network thrown away, with what they compile or capture; in no other column.")
     batch, targets = images[: args.batch_size], labels[: args.batch_size]

@@ -34,8 +34,14 @@ def linear_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool
 ) -> torch.Tensor:
     """``x (..., K) @ weight.T (K, N) + bias (N,)``, then ReLU if asked: ``(..., N)``."""
-    # The size is asked here already: small calls count.
-    if off() or x.numel() < _LEAST_INPUTS or why_not(x, weight, bias) is not None:
+    # Asked here already, and off() inline: small calls count.
+    if (
+        torch.is_grad_enabled()
+        or x.dtype is not torch.float32
+        or torch._C._get_tracing_state() is not None
+        or x.numel() < _LEAST_INPUTS
+        or why_not(x, weight, bias) is not None
+    ):
         return _reference.linear_forward(x, weight, bias, relu)
     y = product(x, weight, bias)
     return y.relu_() if relu else y
