@@ -47,8 +47,12 @@ def recipe_of(
     loss = _loss_of(loss_fn)
     if loss not in ("cross_entropy", "mse"):
         return loss
-    if (reason := _why_optimizer_unknown(optimizer)) is not None:
+    if (reason := why_update_unknown(optimizer)) is not None:
         return reason
+    for group in optimizer.param_groups:
+        for name in _REFUSED:
+            if group.get(name, False):
+                return f"the optimizer has {name}=True"
     if _has_any_global_hook() or torch.nn.Module.__call__ is not nn._MODULE_CALL:
         return "a global hook of modules is registered, or Module.__call__ was replaced"
     if type(model) not in _CONTAINERS and type(model) not in nn._LINEARS:
@@ -160,7 +164,8 @@ def _loss_of(loss_fn: Callable[..., torch.Tensor]) -> str:
     return f"the loss is {name}; cross entropy and the mean squared error are known"
 
 
-def _why_optimizer_unknown(optimizer: torch.optim.Optimizer) -> str | None:
+def why_update_unknown(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why the optimizer's step may be more than the formula of SGD, Adam or AdamW, or None."""
     kind, own = type(optimizer), optimizer.__dict__
     if kind not in _OPTIMIZERS:
         return f"the optimizer is a {kind.__name__}; SGD, Adam and AdamW are known"
@@ -181,10 +186,6 @@ def _why_optimizer_unknown(optimizer: torch.optim.Optimizer) -> str | None:
         return "the optimizer's step has a hook"
     if own.get("grad_scale") is not None or own.get("found_inf") is not None:
         return "a GradScaler works on the optimizer"
-    for group in own["param_groups"]:
-        for name in _REFUSED:
-            if group.get(name, False):
-                return f"the optimizer has {name}=True"
     return None
 
 
