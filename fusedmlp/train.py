@@ -1,16 +1,19 @@
 """``TrainStep``: forward, loss, backward and update as one call, on the fastest route that is right."""
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from fusedmlp import _direct
+from fusedmlp import _capture, _direct
 from fusedmlp._recipe import NO_STATE, Recipe, recipe_of, why_watched
 
 LossFunction = Callable[[Any, torch.Tensor], torch.Tensor]
+
+_ORDINARY = "Ordinary: zero_grad, forward, loss, backward, step."
 
 
 class TrainStep:
@@ -49,61 +52,106 @@ class TrainStep:
             raise ValueError(f"clip_grad_norm is a norm above 0, or None, got {clip_grad_norm!r}")
         if compute_dtype not in (None, torch.bfloat16):
             raise ValueError(f"compute_dtype is torch.bfloat16 or None, got {compute_dtype!r}")
-        self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
-        self.clip_grad_norm, self.accumulate = clip_grad_norm, accumulate
-        self.scaler, self.compute_dtype = scaler, compute_dtype
+        self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
+        self._clip_grad_norm, self._accumulate = clip_grad_norm, accumulate
+        self._scaler, self._asked_dtype = scaler, compute_dtype
+        self._graphs = _capture.Graphs(model, loss_fn, optimizer, self._forward_backward, self._update)
+        self._warned = False
         self._accumulated = 0  # calls whose gradients wait in .grad
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The loss of this batch, detached, after which the model is trained by it."""
+        if x.is_cuda and self._why_not_graph(x, y) is None:
+            return self._graphs(x, y)
         recipe = self._recipe_for_direct(x, y)
         if isinstance(recipe, str):
             return self._ordinary(x, y)
         first = self._accumulated == 0
-        last = self._accumulated + 1 == self.accumulate
+        last = self._accumulated + 1 == self._accumulate
         loss = _direct.run(
             recipe,
             x,
             y,
             first=first,
             last=last,
-            accumulate=self.accumulate,
-            clip_grad_norm=self.clip_grad_norm,
+            accumulate=self._accumulate,
+            clip_grad_norm=self._clip_grad_norm,
             compute_dtype=self._compute_dtype(x),
         )
         self._accumulated = 0 if last else self._accumulated + 1
-        if last and "step" in vars(self.optimizer):  # a scheduler asks whether the optimizer has stepped
-            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        if last and "step" in vars(self._optimizer):  # a scheduler asks whether the optimizer has stepped
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]
         return loss
 
     def explain(self, x: torch.Tensor, y: torch.Tensor) -> str:
         """Which route a step with this batch takes, and why no faster one. Nothing is run."""
+        parts = self._explained_on_cuda(x, y) if x.is_cuda else self._explained_on_cpu(x, y)
+        if self._asked_dtype is not None:
+            reason = self._why_not_compute_dtype(x)
+            parts.append("Products in bfloat16." if reason is None else f"Not in bfloat16: {reason}.")
+        return " ".join(parts)
+
+    def _explained_on_cpu(self, x: torch.Tensor, y: torch.Tensor) -> list[str]:
         recipe = self._recipe_for_direct(x, y)
         if not isinstance(recipe, str):
-            return "Direct: forward, loss, backward and update in ATen calls, without autograd."
-        text = f"Ordinary: zero_grad, forward, loss, backward, step. Not direct: {recipe}."
-        return text + (" Direct from the next step on." if recipe is NO_STATE else "")
+            return ["Direct: forward, loss, backward and update in ATen calls, without autograd."]
+        parts = [_ORDINARY, f"Not direct: {recipe}."]
+        return [*parts, "Direct from the next step on."] if recipe is NO_STATE else parts
+
+    def _explained_on_cuda(self, x: torch.Tensor, y: torch.Tensor) -> list[str]:
+        reason = self._why_not_graph(x, y)
+        if reason is not None:
+            return [_ORDINARY, f"Not a CUDA graph: {reason}."]
+        what = "forward, loss and backward in one replay"
+        if _capture.takes_update(self._optimizer):
+            return [f"Graph: {what}, with the optimizer's step, once a few steps of this shape have run."]
+        return [
+            f"Graph: {what}, then the optimizer's step, once a few steps of this shape have run.",
+            "With fused=True the optimizer's step is in the replay too.",
+        ]
+
+    def _why_not_graph(self, x: torch.Tensor, y: torch.Tensor) -> str | None:
+        if self._scaler is not None:
+            return "a GradScaler is given, which looks at its results"
+        if self._accumulate > 1:
+            return "gradients are accumulated"
+        if self._graphs.failure is not None:
+            return self._graphs.failure
+        reason = why_watched(x.device.type)
+        return reason or _capture.why_not(self._model, self._loss_fn, self._optimizer, x, y)
 
     def _recipe_for_direct(self, x: torch.Tensor, y: torch.Tensor) -> Recipe | str:
         """What the step without autograd needs, or why not that."""
         if not x.is_cpu:
             return "x is not on the CPU"
-        if self.scaler is not None:
+        if self._scaler is not None:
             return "a GradScaler is given"
         if (reason := why_watched("cpu")) is not None:
             return reason
-        recipe = recipe_of(self.model, self.loss_fn, self.optimizer)
+        recipe = recipe_of(self._model, self._loss_fn, self._optimizer)
         if isinstance(recipe, str):
             return recipe
-        if self.compute_dtype is not None and recipe.weights[0].dtype is not torch.float32:
+        if self._asked_dtype is not None and recipe.weights[0].dtype is not torch.float32:
             return f"compute_dtype is given, and the model is {recipe.weights[0].dtype}"
         return _direct.why_not(recipe, x, y) or recipe
 
     def _compute_dtype(self, x: torch.Tensor) -> torch.dtype | None:
         """In which the products are computed, if not the model's."""
-        if self.compute_dtype is None or (x.is_cpu and _direct.why_not_bfloat16() is not None):
+        if self._asked_dtype is None:
             return None
-        return self.compute_dtype
+        reason = self._why_not_compute_dtype(x)
+        if reason is None:
+            return self._asked_dtype
+        if not self._warned:
+            self._warned = True
+            level = 1  # of the first caller who is not of this module
+            while sys._getframe(level).f_globals is globals():
+                level += 1
+            warnings.warn(f"computed in the model's dtype: {reason}", stacklevel=level + 1)
+        return None
+
+    def _why_not_compute_dtype(self, x: torch.Tensor) -> str | None:
+        return _direct.why_not_bfloat16() if x.is_cpu else None
 
     def epoch(
         self,
@@ -115,42 +163,61 @@ class TrainStep:
     ) -> torch.Tensor:
         """Train on all rows once, in random order; the losses of the steps, detached, in their order.
 
-        images ``(n, ...)``: uint8, which become 0 to 1 in the model's dtype, or floating, taken as they are;
+        images ``(n, ...)``: uint8, which become 0 to 1 in the model's dtype, anything else taken as it is;
         flattened to ``(batch, features)`` if the model begins with a Linear that takes so many features.
-        labels ``(n, ...)``. Every batch lies in the same memory. A loss that is not finite is warned of.
+        labels ``(n, ...)``. The order is ``torch.randperm(n, generator=generator)`` on the images' device.
+        Every batch lies in the same memory: a model that keeps its input finds the next batch in it. Warns
+        of the first loss that is not finite, once the epoch is over.
+
+        >>> losses = step.epoch(images, labels, batch_size=64)
         """
-        count = images.shape[0]
-        if labels.shape[0] != count:
-            raise ValueError(f"{count} images, but {labels.shape[0]} labels")
+        count = len(images)
+        if len(labels) != count:
+            raise ValueError(f"{count} images, but {len(labels)} labels")
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, got {batch_size!r}")
         order = torch.randperm(count, generator=generator, device=images.device)
-        stop = count - count % batch_size if drop_last else count
-        flat = images.flatten(1) if _wants_flat(self.model, images.shape) else images
-        dtype = next((p.dtype for p in self.model.parameters()), torch.get_default_dtype())
+        images = images.flatten(1) if _wants_flat(self._model, images.shape) else images
+        dtype = images.dtype
+        if dtype is torch.uint8:
+            dtypes = (p.dtype for p in self._model.parameters() if p.is_floating_point())
+            dtype = next(dtypes, torch.get_default_dtype())
+        size = min(batch_size, count)
+        batch = torch.empty((size, *images.shape[1:]), dtype=dtype, device=images.device)
+        pixels = batch if dtype is images.dtype else torch.empty_like(batch, dtype=images.dtype)
+        targets = labels.new_empty((size, *labels.shape[1:]))
         losses = []
-        for start in range(0, stop, batch_size):
+        for start in range(0, count - count % batch_size if drop_last else count, batch_size):
             rows = order[start : start + batch_size]
-            x = flat.index_select(0, rows)
-            if not x.is_floating_point():
-                x = x.to(dtype).div_(255)
-            losses.append(self(x, labels.index_select(0, rows)))
-        all_losses = torch.stack(losses) if losses else torch.empty(0, dtype=dtype, device=images.device)
-        _warn_of_not_finite(all_losses)
-        return all_losses
+            x, y = batch[: len(rows)], targets[: len(rows)]
+            with torch.no_grad():
+                torch.index_select(images, 0, rows, out=pixels[: len(rows)])
+                torch.index_select(labels, 0, rows, out=y)
+                if pixels is not batch:
+                    x.copy_(pixels[: len(rows)]).div_(255)
+            losses.append(self(x, y))
+        if not losses:
+            return torch.empty(0, device=images.device)
+        together = torch.stack(losses)
+        _warn_of_not_finite(together)
+        return together
 
     def _ordinary(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if self._accumulated == 0:
-            self.optimizer.zero_grad()
-        with self._autocast(x):
-            loss = self.loss_fn(self.model(x), y)
-        scaled = loss / self.accumulate if self.accumulate > 1 else loss
-        if self.scaler is not None:
-            scaled = self.scaler.scale(scaled)
-        scaled.backward()
-        self._accumulated = (self._accumulated + 1) % self.accumulate
+            self._optimizer.zero_grad()
+        loss = self._forward_backward(x, y)
+        self._accumulated = (self._accumulated + 1) % self._accumulate
         if self._accumulated == 0:
             self._update()
+        return loss
+
+    def _forward_backward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with self._autocast(x):
+            loss = self._loss_fn(self._model(x), y)
+        scaled = loss / self._accumulate if self._accumulate > 1 else loss
+        if self._scaler is not None:
+            scaled = self._scaler.scale(scaled)
+        scaled.backward()
         return loss.detach()
 
     def _autocast(self, x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -159,16 +226,16 @@ class TrainStep:
 
     def _update(self) -> None:
         """By the gradients in .grad."""
-        if self.clip_grad_norm is not None:
-            if self.scaler is not None:
-                self.scaler.unscale_(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
-        if self.scaler is None:
-            self.optimizer.step()
+        if self._clip_grad_norm is not None:
+            if self._scaler is not None:
+                self._scaler.unscale_(self._optimizer)
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self._clip_grad_norm)
+        if self._scaler is None:
+            self._optimizer.step()
         else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
 
 
 def _wants_flat(model: torch.nn.Module, shape: torch.Size) -> bool:
@@ -185,5 +252,5 @@ def _warn_of_not_finite(losses: torch.Tensor) -> None:
     finite = losses.isfinite()
     if not finite.all():
         step = int(finite.int().argmin())
-        text = f"the loss of step {step} of this epoch, of {len(losses)} from 0, is {losses[step].item()}"
+        text = f"the loss is {losses[step].item()} at step {step} of this epoch, of 0 to {len(losses) - 1}"
         warnings.warn(text, RuntimeWarning, stacklevel=3)

@@ -128,7 +128,7 @@ BELOW: dict[str, set[str]] = {
         *("_dispatch", "_explain", "_tune", "_verify", "_version", "convert", "functional", "nn", "train"),
     },
     "__main__": {"_dispatch", "_tune", "functional", "fusedmlp", "nn"},
-    "train": {"_capture", "_direct", "_dispatch", "_recipe"},
+    "train": {"_capture", "_direct", "_recipe"},
     "_capture": {"_dispatch", "_recipe"},
     "_direct": {"_recipe"},
     "_recipe": {"_dispatch", "nn"},
