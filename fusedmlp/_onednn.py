@@ -23,21 +23,29 @@ _MOST_TERMS = 1024
 
 
 def off() -> bool:
-    """The quickest sign that there is nothing here to take: gradients, or a tracer.
+    """The quickest sign that there is nothing here to take: gradients, or who traces, of any size.
 
     torch.jit.trace compares what it traced with and without gradients, down to the lines of the source.
     """
-    return torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
+    return (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    )
+
+
+def too_small(x: torch.Tensor) -> bool:
+    """The next quickest: not a float32 tensor of some size."""
+    return x.dtype is not torch.float32 or x.numel() < _LEAST_INPUTS
 
 
 def linear_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool
 ) -> torch.Tensor:
     """``x (..., K) @ weight.T (K, N) + bias (N,)``, then ReLU if asked: ``(..., N)``."""
-    # Asked here already, and off() inline: small calls count.
+    # off() and too_small(), inline: small calls count.
     if (
         torch.is_grad_enabled()
         or x.dtype is not torch.float32
+        or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or x.numel() < _LEAST_INPUTS
         or why_not(x, weight, bias) is not None

@@ -34,7 +34,7 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     try:
         # Without a ReLU there is nothing to fuse: why_not_fused says so of every call that is not forced.
         if quiet():
-            if _onednn.off() or not surely_unfused(input):
+            if _onednn.off() or not surely_unfused(input) or _onednn.too_small(input):
                 return F.linear(input, weight, bias)
             return _onednn.linear_forward(input, weight, bias, False)
         return _fused_or_reason(input, [weight], [bias], False)

@@ -251,3 +251,24 @@ def test_writes_that_bump_no_version_are_seen(onednn: None, write: Callable[[tor
     with torch.no_grad():
         assert not torch.allclose(ours(x), stale)
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [fusedmlp.nn.Linear, fusedmlp.nn.LinearReLU])
+def test_no_question_about_sizes_reaches_a_compiler(onednn: None, kind: type[torch.nn.Linear]) -> None:
+    model = kind(784, 256)
+    batch = torch.export.Dim("batch", min=2, max=100_000)
+    with torch.no_grad():
+        exported = torch.export.export(model, (torch.randn(64, 784),), dynamic_shapes=({0: batch},))
+    assert "mkldnn" not in str(exported.graph)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+        for rows in (2, 64, 500):
+            assert compiled(torch.randn(rows, 784)).shape == (rows, 256)
+    assert len(graphs) == 1
