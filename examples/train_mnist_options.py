@@ -62,7 +62,7 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
         type=_positive,
         metavar="N",
         help="for PyTorch's operators on a CPU (default: PyTorch's own choice, "
-        f"{torch.get_num_threads()} here; small batches gain little from more than one)",
+        f"{torch.get_num_threads()} here)",
     )
     add("--impl", choices=["both", "torch", "fusedmlp"], default="both", help=f"what to train {default}")
     add(
