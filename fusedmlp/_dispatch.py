@@ -132,6 +132,11 @@ def forced() -> bool:
     return _chosen.backend == "triton"
 
 
+def plain_torch() -> bool:
+    """Whether ``backend("torch")`` is in force."""
+    return _chosen.backend == "torch"
+
+
 def quiet() -> bool:
     """Whether a call with nothing to fuse may go straight to PyTorch: neither forced nor recorded."""
     return _chosen.quiet

@@ -16,7 +16,7 @@ from fusedmlp import _dispatch, nn
 from fusedmlp._deferred import LinearBeforeReLU
 from fusedmlp._dispatch import Run
 from fusedmlp._restore import left_as_it_was
-from fusedmlp._traffic import Figures, Launch, launched, measured, needs_of, unfused
+from fusedmlp._traffic import Figures, Launch, launched, measured, needs_of, unfused, with_onednn
 
 _KERNELS, _OPERATORS, _COMPILER = "Triton kernels", "PyTorch's operators", "torch.compile's own code"
 _WIDTH = 80
@@ -137,7 +137,8 @@ def explain(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Explanation
     On the kernels ``linear_forward`` is linear without a relu; ``grad_input`` is mm that reads the mask, M*K
     more, and writes the bias gradient of the layer below; ``grad_weights`` is the other mm of all layers and,
     without a final ReLU, the last layer's sum; ``relu_backward`` is threshold_backward and sum of a final
-    ReLU; ``add_up`` adds the partial sums that the others wrote, in float32.
+    ReLU; ``add_up`` adds the partial sums that the others wrote, in float32. ``linear by oneDNN`` is linear
+    by PyTorch's other float32 product, taken without a gradient where it is faster: AMD's CPUs with AVX512.
 
     >>> print(fusedmlp.explain(fusedmlp.MLP(784, [256, 128], 10), torch.randn(128, 784)))
     3 layers in 1 stretch on cpu: 15 launches (unfused 15), 5.07 MB moved ...
@@ -234,15 +235,16 @@ def _row(run: Run, layers: tuple[str, ...], compiled: bool) -> Row:
     K = shapes[0][0]
     M = run.x.numel() // K if K else run.x.shape[:-1].numel()
     needs = needs_of(run)
-    eager = [_names_and_bytes(launches) for launches in unfused(M, shapes, run, needs)]
+    launches = unfused(M, shapes, run, needs)
+    eager = [_names_and_bytes(one) for one in launches]
     backend: str
     here: Sequence[tuple[Any, Any]]
     if run.reason is None:
-        backend, here = _KERNELS, [_names_and_bytes(launches) for launches in launched(run, needs)]
+        backend, here = _KERNELS, [_names_and_bytes(one) for one in launched(run, needs)]
     elif compiled:
         backend, here = _COMPILER, [(None, None)] * 2
     else:
-        backend, here = _OPERATORS, eager
+        backend, here = _OPERATORS, [_names_and_bytes(with_onednn(launches[0], run)), eager[1]]
     forward, backward = (Pass(backend, *one, *other) for one, other in zip(here, eager, strict=True))
     name, widths = str(run.x.dtype).removeprefix("torch."), (K, *(N for _, N in shapes))
     return Row(

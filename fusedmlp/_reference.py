@@ -15,10 +15,10 @@ def linear_forward(
 ) -> torch.Tensor:
     """``x (..., K) @ weight.T (K, N) + bias (N,)``, then ReLU if asked: ``(..., N)``."""
     y = F.linear(x, weight, bias)
-    return _relu(y, not _watched()) if relu else y
+    return _relu(y, not watched()) if relu else y
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether a mode is active: it sees every operator, and may keep what one of them returned.
 
     Or a compiler, which makes no use of a ReLU in place: an exported graph is that of ``torch.nn``.
@@ -54,7 +54,7 @@ def mlp_forward(
     last: the outputs ``(..., N)`` of the layers from number ``keep`` on."""
     ys = []
     last = len(weights) - 1
-    in_place = not _watched()
+    in_place = not watched()
     for i, weight in enumerate(weights):
         x = F.linear(x, weight, biases[i])
         if final_relu or i < last:

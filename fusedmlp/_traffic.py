@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_leaves
 
-from fusedmlp import _dispatch
+from fusedmlp import _dispatch, _onednn
 from fusedmlp._dispatch import Run
 
 Launch = tuple[str, int]  # its name, and how many bytes it moves
@@ -66,6 +66,21 @@ def unfused(
         if needs.biases[i]:
             backward.append(("sum", one * (M * N + N)))
     return forward, backward
+
+
+def with_onednn(launches: Sequence[Launch], run: Run) -> list[Launch]:
+    """Of a forward on PyTorch's operators: which products are oneDNN's."""
+    if type(run.x) is not torch.Tensor or run.x.is_nested or run.x.layout is not torch.strided:
+        return list(launches)
+    x, layers, named = run.x, iter(zip(run.weights, run.biases, strict=True)), []
+    for name, moved in launches:
+        if name == "linear":
+            weight, bias = next(layers)
+            name = "linear by oneDNN" if _onednn.why_not(x, weight, bias) is None else name
+            # What the next layer gets, as far as is asked: nothing is written to it.
+            x = x.new_empty((*x.shape[:-1], *weight.shape[:-1]))
+        named.append((name, moved))
+    return named
 
 
 def _bytes_of(args: tuple[Any, ...]) -> int:

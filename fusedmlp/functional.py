@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from fusedmlp import _reference
+from fusedmlp import _onednn, _reference
 from fusedmlp._autograd import fused_mlp
 from fusedmlp._dispatch import (
     autocast_dtype,
@@ -34,7 +34,9 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     try:
         # Without a ReLU there is nothing to fuse: why_not_fused says so of every call that is not forced.
         if quiet():
-            return F.linear(input, weight, bias)
+            if _onednn.off() or not surely_unfused(input) or _onednn.too_small(input):
+                return F.linear(input, weight, bias)
+            return _onednn.linear_forward(input, weight, bias, False)
         return _fused_or_reason(input, [weight], [bias], False)
     except RuntimeError as error:
         _raise_clearer(error, input, weight, bias)
@@ -51,7 +53,7 @@ def linear_relu(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     """
     try:
         if surely_unfused(input):
-            return _reference.linear_forward(input, weight, bias, True)
+            return _onednn.linear_forward(input, weight, bias, True)
         return _fused_or_reason(input, [weight], [bias], True)
     except RuntimeError as error:
         _raise_clearer(error, input, weight, bias)
@@ -90,7 +92,7 @@ def mlp(
         )
     try:
         if surely_unfused(x):
-            return _reference.mlp_forward(x, weights, biases, final_relu, len(weights) - 1)[0]
+            return _plain(x, weights, biases, final_relu)
         return _fused_or_reason(x, weights, biases, final_relu)
     except RuntimeError as error:
         shape = tuple(x.shape)
@@ -120,7 +122,22 @@ def _fused_or_reason(
             x, weights = cast(x, dtype), [cast(weight, dtype) for weight in weights]
             biases = [None if bias is None else cast(bias, dtype) for bias in biases]
         return fused_mlp(x, weights, biases, final_relu)
-    return _reference.mlp_forward(x, weights, biases, final_relu, len(weights) - 1)[0]
+    return _plain(x, weights, biases, final_relu)
+
+
+def _plain(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    final_relu: bool,
+) -> torch.Tensor:
+    """By PyTorch's operators."""
+    last = len(weights) - 1
+    if _onednn.off():
+        return _reference.mlp_forward(x, weights, biases, final_relu, last)[0]
+    for i, weight in enumerate(weights):
+        x = _onednn.linear_forward(x, weight, biases[i], final_relu or i < last)
+    return x
 
 
 def _refuse(

@@ -54,6 +54,11 @@ class Linear(torch.nn.Linear):  # type: ignore[no-redef]  # it replaces torch's,
 
     @_scripted_as(_plain_linear)
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if type(self) is Linear and _own_parameters(
+            self
+        ):  # each attribute would cost a tenth of a small call
+            own = self._parameters
+            return _functional.linear(input, own["weight"], own["bias"])  # type: ignore[arg-type]
         return _functional.linear(input, self.weight, self.bias)
 
 

@@ -1,0 +1,104 @@
+"""Layers and modules on a CPU as ratios to ``torch.nn``'s: ``pytest benchmarks -k cpu_layers``.
+
+At batch 1 a call's own price is what is seen, from batch 64 on the arithmetic. Training is a forward and a
+backward with the gradients of the parameters.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fusedmlp
+from benchmarks.conftest import Race
+from benchmarks.interleaved import AGAIN
+
+BATCHES = [1, 64, 128, 512, 4096]
+WIDTHS = {"784 -> 256": (784, 256), "1024 -> 1024": (1024, 1024), "784-256-128-10": (784, 256, 128, 10)}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def network(nn: Any, widths: tuple[int, ...], dtype: torch.dtype) -> torch.nn.Module:
+    """A Linear and a ReLU, or an MLP, always with the same parameters."""
+    torch.manual_seed(0)
+    layers: list[torch.nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    model: torch.nn.Module = nn.Sequential(*(layers if len(widths) == 2 else layers[:-1]))
+    return model.to(dtype)
+
+
+def call(
+    model: Callable[..., torch.Tensor], x: torch.Tensor, parameters: list[torch.Tensor]
+) -> Callable[[], object]:
+    """Inference, or with parameters training."""
+
+    def inference() -> None:
+        with torch.no_grad():
+            model(x)
+
+    def training() -> None:
+        torch.autograd.grad(model(x).sum(), parameters)
+
+    return training if parameters else inference
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_module(race: Race, quick: bool, dtype: str, training: bool, name: str, batch: int) -> None:
+    if quick and (batch not in (1, 64) or name == "1024 -> 1024"):
+        pytest.skip("--quick")
+    torch.compiler.reset()  # else the eighth shape of a function is the last that is compiled
+    models: dict[str, Any] = {
+        "eager": network(torch.nn, WIDTHS[name], DTYPES[dtype]),
+        AGAIN: network(torch.nn, WIDTHS[name], DTYPES[dtype]),
+        "fusedmlp.nn": network(fusedmlp.nn, WIDTHS[name], DTYPES[dtype]),
+        "torch.compile": torch.compile(network(torch.nn, WIDTHS[name], DTYPES[dtype]), dynamic=False),
+    }
+    x = torch.randn(batch, WIDTHS[name][0]).to(DTYPES[dtype])
+    title = f"modules, {dtype}, {'training' if training else 'inference'}"
+    contestants = {
+        key: call(model, x, list(model.parameters()) if training else []) for key, model in models.items()
+    }
+    race(title, f"{name}, {batch}", contestants)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_function(race: Race, quick: bool, dtype: str, batch: int) -> None:
+    if quick and batch not in (1, 64):
+        pytest.skip("--quick")
+    x, weight, bias = (torch.randn(s).to(DTYPES[dtype]) for s in ((batch, 784), (256, 784), (256,)))
+
+    def eager() -> None:
+        with torch.no_grad():
+            F.relu(F.linear(x, weight, bias))
+
+    def fused() -> None:
+        with torch.no_grad():
+            fusedmlp.functional.linear_relu(x, weight, bias)
+
+    race(
+        f"functional.linear_relu, 784 -> 256, {dtype}, inference",
+        f"{batch}",
+        {"eager": eager, AGAIN: eager, "fusedmlp": fused},
+    )
+
+
+@pytest.mark.parametrize("width", [8, 784])
+def test_lone_linear(race: Race, width: int) -> None:
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(width, width), torch.nn.Linear(width, width), fusedmlp.nn.Linear(width, width)]
+    x = torch.randn(1, width)
+    for training in (False, True):
+        calls = [call(model, x, list(model.parameters()) if training else []) for model in models]
+        race(
+            "one Linear, 1 row, float32",
+            f"{width} -> {width}, {'training' if training else 'inference'}",
+            dict(zip(("eager", AGAIN, "fusedmlp.nn"), calls, strict=True)),
+        )

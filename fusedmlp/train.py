@@ -1,0 +1,256 @@
+"""``TrainStep``: forward, loss, backward and update as one call, on the fastest route that is right."""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fusedmlp import _capture, _direct
+from fusedmlp._recipe import NO_STATE, Recipe, recipe_of, why_watched
+
+LossFunction = Callable[[Any, torch.Tensor], torch.Tensor]
+
+_ORDINARY = "Ordinary: zero_grad, forward, loss, backward, step."
+
+
+class TrainStep:
+    """One step of training: ``zero_grad``, ``model(x)``, ``loss_fn``, ``backward`` and ``optimizer.step``.
+
+    Any model, loss and torch optimizer; what is known well enough takes a faster route, with the same
+    results and the same state of model and optimizer. :meth:`explain` says which, and why not another.
+
+    loss_fn: called as ``loss_fn(model(x), y)``, a scalar. clip_grad_norm: the largest norm of all gradients
+    together, as of ``torch.nn.utils.clip_grad_norm_``. accumulate: the optimizer steps at every n-th call,
+    with the mean of the gradients. scaler: a ``torch.amp.GradScaler``. compute_dtype: ``torch.bfloat16``
+    computes the products in bfloat16 as under ``torch.autocast``; parameters stay float32.
+
+    Do not rely on the ``.grad`` of parameters after a step: some routes leave None there, as
+    ``zero_grad`` does. The loss is not looked at, which would wait for a GPU: a step whose loss is NaN
+    returns NaN. :meth:`epoch` warns and names the step.
+
+    >>> step = TrainStep(model, torch.nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> loss = step(x, y)
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss_fn: LossFunction,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_grad_norm: float | None = None,
+        accumulate: int = 1,
+        scaler: torch.amp.GradScaler | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        if accumulate < 1:
+            raise ValueError(f"accumulate is a number of calls, 1 or more, got {accumulate!r}")
+        if clip_grad_norm is not None and not clip_grad_norm > 0:
+            raise ValueError(f"clip_grad_norm is a norm above 0, or None, got {clip_grad_norm!r}")
+        if compute_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"compute_dtype is torch.bfloat16 or None, got {compute_dtype!r}")
+        self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
+        self._clip_grad_norm, self._accumulate = clip_grad_norm, accumulate
+        self._scaler, self._asked_dtype = scaler, compute_dtype
+        self._graphs = _capture.Graphs(model, loss_fn, optimizer, self._forward_backward, self._update)
+        self._warned = False
+        self._accumulated = 0  # calls whose gradients wait in .grad
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The loss of this batch, detached, after which the model is trained by it."""
+        if x.is_cuda and self._why_not_graph(x, y) is None:
+            return self._graphs(x, y)
+        recipe = self._recipe_for_direct(x, y)
+        if isinstance(recipe, str):
+            return self._ordinary(x, y)
+        first = self._accumulated == 0
+        last = self._accumulated + 1 == self._accumulate
+        loss = _direct.run(
+            recipe,
+            x,
+            y,
+            first=first,
+            last=last,
+            accumulate=self._accumulate,
+            clip_grad_norm=self._clip_grad_norm,
+            compute_dtype=self._compute_dtype(x),
+        )
+        self._accumulated = 0 if last else self._accumulated + 1
+        if last and "step" in vars(self._optimizer):  # a scheduler asks whether the optimizer has stepped
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]
+        return loss
+
+    def explain(self, x: torch.Tensor, y: torch.Tensor) -> str:
+        """Which route a step with this batch takes, and why no faster one. Nothing is run."""
+        parts = self._explained_on_cuda(x, y) if x.is_cuda else self._explained_on_cpu(x, y)
+        if self._asked_dtype is not None:
+            reason = self._why_not_compute_dtype(x)
+            parts.append("Products in bfloat16." if reason is None else f"Not in bfloat16: {reason}.")
+        return " ".join(parts)
+
+    def _explained_on_cpu(self, x: torch.Tensor, y: torch.Tensor) -> list[str]:
+        recipe = self._recipe_for_direct(x, y)
+        if not isinstance(recipe, str):
+            return ["Direct: forward, loss, backward and update in ATen calls, without autograd."]
+        parts = [_ORDINARY, f"Not direct: {recipe}."]
+        return [*parts, "Direct from the next step on."] if recipe is NO_STATE else parts
+
+    def _explained_on_cuda(self, x: torch.Tensor, y: torch.Tensor) -> list[str]:
+        reason = self._why_not_graph(x, y)
+        if reason is not None:
+            return [_ORDINARY, f"Not a CUDA graph: {reason}."]
+        what = "forward, loss and backward in one replay"
+        if _capture.takes_update(self._optimizer):
+            return [f"Graph: {what}, with the optimizer's step, once a few steps of this shape have run."]
+        return [
+            f"Graph: {what}, then the optimizer's step, once a few steps of this shape have run.",
+            "With fused=True the optimizer's step is in the replay too.",
+        ]
+
+    def _why_not_graph(self, x: torch.Tensor, y: torch.Tensor) -> str | None:
+        if self._scaler is not None:
+            return "a GradScaler is given, which looks at its results"
+        if self._accumulate > 1:
+            return "gradients are accumulated"
+        if self._graphs.failure is not None:
+            return self._graphs.failure
+        reason = why_watched(x.device.type)
+        return reason or _capture.why_not(self._model, self._loss_fn, self._optimizer, x, y)
+
+    def _recipe_for_direct(self, x: torch.Tensor, y: torch.Tensor) -> Recipe | str:
+        """What the step without autograd needs, or why not that."""
+        if not x.is_cpu:
+            return "x is not on the CPU"
+        if self._scaler is not None:
+            return "a GradScaler is given"
+        if (reason := why_watched("cpu")) is not None:
+            return reason
+        recipe = recipe_of(self._model, self._loss_fn, self._optimizer)
+        if isinstance(recipe, str):
+            return recipe
+        if self._asked_dtype is not None and recipe.weights[0].dtype is not torch.float32:
+            return f"compute_dtype is given, and the model is {recipe.weights[0].dtype}"
+        return _direct.why_not(recipe, x, y) or recipe
+
+    def _compute_dtype(self, x: torch.Tensor) -> torch.dtype | None:
+        """In which the products are computed, if not the model's."""
+        if self._asked_dtype is None:
+            return None
+        reason = self._why_not_compute_dtype(x)
+        if reason is None:
+            return self._asked_dtype
+        if not self._warned:
+            self._warned = True
+            level = 1  # of the first caller who is not of this module
+            while sys._getframe(level).f_globals is globals():
+                level += 1
+            warnings.warn(f"computed in the model's dtype: {reason}", stacklevel=level + 1)
+        return None
+
+    def _why_not_compute_dtype(self, x: torch.Tensor) -> str | None:
+        return _direct.why_not_bfloat16() if x.is_cpu else None
+
+    def epoch(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        drop_last: bool = False,
+    ) -> torch.Tensor:
+        """Train on all rows once, in random order; the losses of the steps, detached, in their order.
+
+        images ``(n, ...)``: uint8, which become 0 to 1 in the model's dtype, anything else taken as it is;
+        flattened to ``(batch, features)`` if the model begins with a Linear that takes so many features.
+        labels ``(n, ...)``. The order is ``torch.randperm(n, generator=generator)`` on the images' device.
+        Every batch lies in the same memory: a model that keeps its input finds the next batch in it. Warns
+        of the first loss that is not finite, once the epoch is over.
+
+        >>> losses = step.epoch(images, labels, batch_size=64)
+        """
+        count = len(images)
+        if len(labels) != count:
+            raise ValueError(f"{count} images, but {len(labels)} labels")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is 1 or more, got {batch_size!r}")
+        order = torch.randperm(count, generator=generator, device=images.device)
+        images = images.flatten(1) if _wants_flat(self._model, images.shape) else images
+        dtype = images.dtype
+        if dtype is torch.uint8:
+            dtypes = (p.dtype for p in self._model.parameters() if p.is_floating_point())
+            dtype = next(dtypes, torch.get_default_dtype())
+        size = min(batch_size, count)
+        batch = torch.empty((size, *images.shape[1:]), dtype=dtype, device=images.device)
+        pixels = batch if dtype is images.dtype else torch.empty_like(batch, dtype=images.dtype)
+        targets = labels.new_empty((size, *labels.shape[1:]))
+        losses = []
+        for start in range(0, count - count % batch_size if drop_last else count, batch_size):
+            rows = order[start : start + batch_size]
+            x, y = batch[: len(rows)], targets[: len(rows)]
+            with torch.no_grad():
+                torch.index_select(images, 0, rows, out=pixels[: len(rows)])
+                torch.index_select(labels, 0, rows, out=y)
+                if pixels is not batch:
+                    x.copy_(pixels[: len(rows)]).div_(255)
+            losses.append(self(x, y))
+        if not losses:
+            return torch.empty(0, device=images.device)
+        together = torch.stack(losses)
+        _warn_of_not_finite(together)
+        return together
+
+    def _ordinary(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self._accumulated == 0:
+            self._optimizer.zero_grad()
+        loss = self._forward_backward(x, y)
+        self._accumulated = (self._accumulated + 1) % self._accumulate
+        if self._accumulated == 0:
+            self._update()
+        return loss
+
+    def _forward_backward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with self._autocast(x):
+            loss = self._loss_fn(self._model(x), y)
+        scaled = loss / self._accumulate if self._accumulate > 1 else loss
+        if self._scaler is not None:
+            scaled = self._scaler.scale(scaled)
+        scaled.backward()
+        return loss.detach()
+
+    def _autocast(self, x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+        dtype = self._compute_dtype(x)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(x.device.type, dtype)
+
+    def _update(self) -> None:
+        """By the gradients in .grad."""
+        if self._clip_grad_norm is not None:
+            if self._scaler is not None:
+                self._scaler.unscale_(self._optimizer)
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self._clip_grad_norm)
+        if self._scaler is None:
+            self._optimizer.step()
+        else:
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+
+
+def _wants_flat(model: torch.nn.Module, shape: torch.Size) -> bool:
+    first = next((module for module in model.modules() if not list(module.children())), None)
+    return (
+        isinstance(first, torch.nn.Linear)
+        and len(shape) > 2
+        and first.in_features != shape[-1]
+        and first.in_features == shape[1:].numel()
+    )
+
+
+def _warn_of_not_finite(losses: torch.Tensor) -> None:
+    finite = losses.isfinite()
+    if not finite.all():
+        step = int(finite.int().argmin())
+        text = f"the loss is {losses[step].item()} at step {step} of this epoch, of 0 to {len(losses) - 1}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
