@@ -84,12 +84,12 @@ class TrainStep:
         return loss
 
     def explain(self, x: torch.Tensor, y: torch.Tensor) -> str:
-        """Which route a step with this batch takes, and why no faster one. Nothing is run."""
+        """Which route a step with this batch takes, and why no faster one: sentences. Nothing is run."""
         parts = self._explained_on_cuda(x, y) if x.is_cuda else self._explained_on_cpu(x, y)
         if self._asked_dtype is not None:
             reason = self._why_not_compute_dtype(x)
             parts.append("Products in bfloat16." if reason is None else f"Not in bfloat16: {reason}.")
-        return " ".join(parts)
+        return "\n".join(parts)
 
     def _explained_on_cpu(self, x: torch.Tensor, y: torch.Tensor) -> list[str]:
         recipe = self._recipe_for_direct(x, y)
