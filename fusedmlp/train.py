@@ -22,10 +22,11 @@ class TrainStep:
     Any model, loss and torch optimizer; what is known well enough takes a faster route, with the same
     results and the same state of model and optimizer. :meth:`explain` says which, and why not another.
 
-    loss_fn: called as ``loss_fn(model(x), y)``, a scalar; x and y are tensors, or what model and loss take. clip_grad_norm: the largest norm of all gradients
-    together, as of ``torch.nn.utils.clip_grad_norm_``. accumulate: the optimizer steps at every n-th call,
-    with the mean of the gradients. scaler: a ``torch.amp.GradScaler``. compute_dtype: ``torch.bfloat16``
-    computes the products in bfloat16 as under ``torch.autocast``; parameters stay float32.
+    loss_fn: called as ``loss_fn(model(x), y)``, a scalar; x and y are tensors, or what model and loss take.
+    clip_grad_norm: the largest norm of all gradients together, as of ``torch.nn.utils.clip_grad_norm_``.
+    accumulate: the optimizer steps at every n-th call, with the mean of the gradients. scaler: a
+    ``torch.amp.GradScaler``. compute_dtype: ``torch.bfloat16`` computes the products in bfloat16, as under
+    ``torch.autocast``; parameters stay float32; on a CPU without units for it, float32 and a warning.
 
     Everything is read anew at each call: learning rates that a scheduler sets, values that are loaded, layers
     that are frozen. On a GPU the step is replayed from a CUDA graph, so Python code in the model runs only
