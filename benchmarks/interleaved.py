@@ -2,9 +2,8 @@
 
 Every round runs each contestant once, in an order that is drawn, as it matters who comes after whom. A ratio
 is the median of the ratios of single rounds, its spread their 10 % and 90 %: a machine that becomes slow for
-a while makes all of a round slow. The first
-contestant is the one all are compared with; give it a second time, as "again": its ratio to itself says what
-the machine's noise can do.
+a while makes all of a round slow. The first contestant is the one all are compared with; give it a second
+time, as "again": its ratio to itself says what the machine's noise can do.
 """
 
 import itertools
