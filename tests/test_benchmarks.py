@@ -327,6 +327,30 @@ def test_numerics_of_the_kernels() -> None:
     assert "14 checks: 0 wrong, 0 did not run" in run.stdout
 
 
+@needs_triton
+@pytest.mark.kernels
+def test_the_tuned_table_is_ready_to_ship_and_to_go_on_with(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("platformdirs")
+    from fusedmlp.kernels import _table
+
+    command = [sys.executable, "-m", "benchmarks.tuned", "--dry-run", "--out", str(tmp_path)]
+    said = []
+    for cache in ("one", "two"):  # as on another machine, to which only the folder was brought
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / cache), "CUDA_VISIBLE_DEVICES": ""}
+        environment["TRITON_INTERPRET"] = "1"
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        said.append(run.stdout.splitlines()[-1])
+        here = _table.where(None)
+        table, strange = _table.parse(
+            (tmp_path / _table.shipped_file(here).name).read_text(), here, exact=False
+        )
+        assert not strange
+        assert len(table.products) == 9  # three operations of three layers
+    assert said[0].startswith("9 products and 8 stretches measured")
+    assert said[1].startswith("0 products and 0 stretches measured")
+
+
 # --- the session ---
 
 
