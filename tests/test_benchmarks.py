@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -410,6 +411,29 @@ def test_when_time_is_over_nothing_begins(tmp_path: pathlib.Path) -> None:
     page = (tmp_path / "summary.md").read_text()
     assert "1. first: **stopped after " in page
     assert "2. second: **no time was left**" in page
+
+
+def test_an_interrupt_keeps_what_was_done(tmp_path: pathlib.Path) -> None:
+    code = (
+        "import pathlib, sys\n"
+        "from benchmarks import session\n"
+        "python = lambda code: lambda setting: [sys.executable, '-c', code]\n"
+        "slow = 'import time; print(1, flush=True); time.sleep(60)'\n"
+        "parts = [session.Part(str(i), 1, python(c)) for i, c in enumerate(('print(0)', slow, slow))]\n"
+        f"sys.exit(session.go(parts, pathlib.Path({str(tmp_path)!r}), 5.0, True))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("2 of 3"):
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    page = (tmp_path / "summary.md").read_text()
+    assert "1. 0: **done**" in page
+    assert "2. 1: **interrupted**" in page
+    assert "3. 2: **not begun**" in page
 
 
 def test_all_good_is_0(tmp_path: pathlib.Path) -> None:
