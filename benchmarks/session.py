@@ -178,7 +178,10 @@ def go(parts: Sequence[Part], out: pathlib.Path, minutes: float, dry_run: bool) 
                 _write(out / "summary.md", [*head, *_page(outcomes)])
         except KeyboardInterrupt:
             interrupted = True
-            outcomes += [Outcome(part.name, "interrupted", False, 0.0, []) for part in parts[len(outcomes) :]]
+            outcomes += [
+                Outcome(part.name, "interrupted", False, 0.0, []) for part in parts[len(outcomes) :][:1]
+            ]
+            outcomes += [Outcome(part.name, "not begun", False, 0.0, []) for part in parts[len(outcomes) :]]
         finally:
             shutil.rmtree(cache, ignore_errors=True)
     page = [*head, *_page(outcomes)]

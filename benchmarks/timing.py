@@ -52,7 +52,7 @@ def with_launching(
     """Microseconds a call of each, called back to back; contestants take turns, so that drift hits all."""
     calls = {}
     for name, run in runs.items():
-        _microseconds(run, 4)  # torch.compile's CUDA graphs are recorded in the third
+        _microseconds(run, 2)
         calls[name] = max(1, min(2000, int(1e3 * milliseconds / _microseconds(run, 2))))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -327,6 +328,30 @@ def test_numerics_of_the_kernels() -> None:
     assert "14 checks: 0 wrong, 0 did not run" in run.stdout
 
 
+@needs_triton
+@pytest.mark.kernels
+def test_the_tuned_table_is_ready_to_ship_and_to_go_on_with(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("platformdirs")
+    from fusedmlp.kernels import _table
+
+    command = [sys.executable, "-m", "benchmarks.tuned", "--dry-run", "--out", str(tmp_path)]
+    said = []
+    for cache in ("one", "two"):  # as on another machine, to which only the folder was brought
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / cache), "CUDA_VISIBLE_DEVICES": ""}
+        environment["TRITON_INTERPRET"] = "1"
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        said.append(run.stdout.splitlines()[-1])
+        here = _table.where(None)
+        table, strange = _table.parse(
+            (tmp_path / _table.shipped_file(here).name).read_text(), here, exact=False
+        )
+        assert not strange
+        assert len(table.products) == 9  # three operations of three layers
+    assert said[0].startswith("9 products and 8 stretches measured")
+    assert said[1].startswith("0 products and 0 stretches measured")
+
+
 # --- the session ---
 
 
@@ -386,6 +411,29 @@ def test_when_time_is_over_nothing_begins(tmp_path: pathlib.Path) -> None:
     page = (tmp_path / "summary.md").read_text()
     assert "1. first: **stopped after " in page
     assert "2. second: **no time was left**" in page
+
+
+def test_an_interrupt_keeps_what_was_done(tmp_path: pathlib.Path) -> None:
+    code = (
+        "import pathlib, sys\n"
+        "from benchmarks import session\n"
+        "python = lambda code: lambda setting: [sys.executable, '-c', code]\n"
+        "slow = 'import time; print(1, flush=True); time.sleep(60)'\n"
+        "parts = [session.Part(str(i), 1, python(c)) for i, c in enumerate(('print(0)', slow, slow))]\n"
+        f"sys.exit(session.go(parts, pathlib.Path({str(tmp_path)!r}), 5.0, True))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("2 of 3"):
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    page = (tmp_path / "summary.md").read_text()
+    assert "1. 0: **done**" in page
+    assert "2. 1: **interrupted**" in page
+    assert "3. 2: **not begun**" in page
 
 
 def test_all_good_is_0(tmp_path: pathlib.Path) -> None:
