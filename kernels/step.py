@@ -66,7 +66,7 @@ class Parameters(NamedTuple):
     """Of each layer, and with it what the optimizer keeps; all contiguous float32 but the copies."""
 
     weights: tuple[torch.Tensor, ...]  # (N, K)
-    biases: tuple[torch.Tensor | None, ...]  # (N,)
+    biases: tuple[torch.Tensor, ...]  # (N,)
     copies: tuple[torch.Tensor | None, ...]  # of the weights, in the dtype of products; None for float32
     weight_moments: tuple[torch.Tensor | None, ...]  # momentum_buffer or exp_avg; None for SGD without momentum
     bias_moments: tuple[torch.Tensor | None, ...]
@@ -153,7 +153,7 @@ def adam_numbers(
     beta1, beta2 = betas
     correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
     decay = lr * weight_decay if decoupled else weight_decay
-    return (lr / correction1, decay, 1.0 - beta1, beta2, 1.0 - beta2, correction2**0.5, eps, 0.0)
+    return (lr / correction1, decay, 1.0 - beta1, beta2, 1.0 - beta2, correction2**-0.5, eps, 0.0)
 
 
 @triton.jit(do_not_specialize=["first", "rows", "tiles"])
@@ -174,10 +174,9 @@ def _step_rows_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first", "rows", "tiles", "step", "weight_tiles"])
+@triton.jit(do_not_specialize=["first", "rows", "tiles", "step"])
 def _step_weights_kernel(
-    first, rows, tiles, step, weight_tiles,
-    x_ptr, index_ptr, parameters, hidden, grads, partials_ptr, numbers_ptr, losses_ptr, scale,
+    first, rows, tiles, step, x_ptr, index_ptr, parameters, hidden, grads, partials_ptr, numbers_ptr, losses_ptr, scale,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, LOSS: tl.constexpr,
     OPTIMIZER: tl.constexpr, NESTEROV: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -186,12 +185,11 @@ def _step_weights_kernel(
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
-    for tile in tl.range(tl.program_id(0), weight_tiles, tl.num_programs(0)):
-        weights_of_step(
-            tile, tiles, first, rows, x_ptr, index_ptr, parameters, hidden, grads, partials_ptr,
-            numbers_ptr + step * 2 * (len(WIDTHS) - 1) * NUMBERS, losses_ptr + step, scale,
-            WIDTHS, BLOCKS, LOSS, OPTIMIZER, NESTEROV, BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION, UPCAST,
-        )  # fmt: skip
+    weights_of_step(
+        tl.program_id(0), tiles, first, rows, x_ptr, index_ptr, parameters, hidden, grads, partials_ptr,
+        numbers_ptr + step * 2 * (len(WIDTHS) - 1) * NUMBERS, losses_ptr + step, scale,
+        WIDTHS, BLOCKS, LOSS, OPTIMIZER, NESTEROV, BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION, UPCAST,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -336,8 +334,8 @@ def train_step(
     )  # fmt: skip
     launch(_step_rows_kernel, (plan.tiles,), x, args, plan.rows)
     args = (
-        first, rows, plan.tiles, step, plan.weight_tiles, x, index, tuple(parameters),
-        ws.hidden, ws.grads, ws.partials, numbers, losses, scale,
+        first, rows, plan.tiles, step, x, index, tuple(parameters), ws.hidden, ws.grads, ws.partials, numbers,
+        losses, scale,
     )  # fmt: skip
     launch(_step_weights_kernel, (plan.weight_tiles,), x, args, plan.weights)
 

@@ -99,7 +99,7 @@ def rows_of_step(
     index_ptr,  # (...,) the order in which rows are taken, or None
     target_ptr,  # class indices (...,), or numbers (..., WIDTHS[-1]), contiguous
     weights,  # of each layer: (N, K), contiguous, of the dtype in which to multiply
-    biases,  # (N,) float32, or None
+    biases,  # (N,) float32
     hidden,  # of each layer but the last: its output, (rows, BLOCK of N), the same dtype
     grads,  # of each layer: the gradient of its product, likewise
     partials_ptr,  # (2, tiles): sums of the loss and of what it is the mean of
@@ -131,8 +131,7 @@ def rows_of_step(
             WIDTHS[i], WIDTHS[i + 1], 1, WIDTHS[i], BLOCK_M, BLOCK_K, BLOCKS[i + 1], INPUT_PRECISION, UPCAST,
         )  # fmt: skip
         offs_n = tl.arange(0, BLOCKS[i + 1])
-        if biases[i] is not None:
-            z += tl.load(biases[i] + offs_n, mask=offs_n < WIDTHS[i + 1], other=0.0)[None, :]
+        z += tl.load(biases[i] + offs_n, mask=offs_n < WIDTHS[i + 1], other=0.0)[None, :]
         if i < last:
             # max() drops NaN unless told to keep it; torch.relu keeps it.
             h = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)

@@ -13,8 +13,8 @@ from .step_rows import as_number
 # A row of numbers, see step.sgd_numbers and step.adam_numbers:
 #       0          1             2              3          4          5                     6
 # sgd   lr         weight_decay  momentum       1 - dampening
-# adam  lr / c1    weight_decay  1 - beta1      beta2      1 - beta2  sqrt(c2)              eps
-# adamw lr / c1    lr * decay    1 - beta1      beta2      1 - beta2  sqrt(c2)              eps
+# adam  lr / c1    weight_decay  1 - beta1      beta2      1 - beta2  1 / sqrt(c2)          eps
+# adamw lr / c1    lr * decay    1 - beta1      beta2      1 - beta2  1 / sqrt(c2)          eps
 NUMBERS: tl.constexpr = tl.constexpr(8)
 
 BLOCK_TILES: tl.constexpr = tl.constexpr(256)
@@ -55,8 +55,8 @@ def _update(
         square = tl.load(square_ptr + offs, mask=mask, other=0.0)
         square = tl.load(numbers_ptr + 3) * square + tl.load(numbers_ptr + 4) * grad * grad
         tl.store(square_ptr + offs, square, mask=mask)
-        root = tl.div_rn(tl.sqrt_rn(square), tl.load(numbers_ptr + 5)) + tl.load(numbers_ptr + 6)
-        param -= rate * tl.div_rn(moment, root)
+        root = tl.sqrt(square) * tl.load(numbers_ptr + 5) + tl.load(numbers_ptr + 6)
+        param -= rate * (moment / root)
     tl.store(param_ptr + offs, param, mask=mask)
     if copy_ptr is not None:
         tl.store(copy_ptr + offs, param.to(copy_ptr.dtype.element_ty), mask=mask)
@@ -80,9 +80,9 @@ def _weight_tile(
     rows,
     a_ptr,  # the layer's input, (..., K)
     index_ptr,  # which rows of it, or None
-    pitch_a: tl.constexpr,
+    pitch_a,
     grad_ptr,  # (rows, pitch_g)
-    pitch_g: tl.constexpr,
+    pitch_g,
     partials_ptr,
     scale,
     weight_ptr,
@@ -93,8 +93,8 @@ def _weight_tile(
     weight_square_ptr,
     bias_square_ptr,
     numbers_ptr,  # (2, NUMBERS): the weight's and the bias's
-    N: tl.constexpr,
-    K: tl.constexpr,
+    N,
+    K,
     FACTOR: tl.constexpr,
     OPTIMIZER: tl.constexpr,
     NESTEROV: tl.constexpr,
@@ -104,7 +104,7 @@ def _weight_tile(
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    tiles_k = tl.cdiv(K, BLOCK_K)
     offs_n = tile // tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tile % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
     valid_n = offs_n < N
@@ -132,8 +132,7 @@ def _weight_tile(
             grad = grad.to(tl.float32)
             a = a.to(tl.float32)
         acc = tl.dot(tl.trans(grad), a, acc, input_precision=INPUT_PRECISION)
-        if bias_ptr is not None:
-            sums += grad.to(tl.float32)
+        sums += grad.to(tl.float32)
     counted = total_of(partials_ptr + tiles, tiles)
     mean = tl.where(counted > 0.0, FACTOR / counted, 0.0)
     _update(
@@ -141,12 +140,11 @@ def _weight_tile(
         offs_n[:, None] * K + offs_k[None, :], valid_n[:, None] & valid_k[None, :],
         numbers_ptr, OPTIMIZER, NESTEROV,
     )  # fmt: skip
-    if bias_ptr is not None:
-        if tile % tiles_k == 0:
-            _update(
-                tl.sum(sums, axis=0) * mean, bias_ptr, None, bias_moment_ptr, bias_square_ptr,
-                offs_n, valid_n, numbers_ptr + NUMBERS, OPTIMIZER, NESTEROV,
-            )  # fmt: skip
+    if tile % tiles_k == 0:
+        _update(
+            tl.sum(sums, axis=0) * mean, bias_ptr, None, bias_moment_ptr, bias_square_ptr,
+            offs_n, valid_n, numbers_ptr + NUMBERS, OPTIMIZER, NESTEROV,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -175,20 +173,47 @@ def weights_of_step(
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    factor: tl.constexpr = 1.0 if LOSS == "cross_entropy" else 2.0
-    begin = 0
-    for i in tl.static_range(len(WIDTHS) - 1):
-        end = begin + tl.cdiv(WIDTHS[i + 1], BLOCK_N) * tl.cdiv(WIDTHS[i], BLOCK_K)
-        if (tile >= begin) & (tile < end):
-            _weight_tile(
-                tile - begin, tiles, 0 if i > 0 else first, rows,
-                hidden[i - 1] if i > 0 else x_ptr, None if i > 0 else index_ptr,
-                BLOCKS[i] if i > 0 else WIDTHS[0], grads[i], BLOCKS[i + 1], partials_ptr, scale,
-                parameters[0][i], parameters[1][i], parameters[2][i], parameters[3][i],
-                parameters[4][i], parameters[5][i], parameters[6][i],
-                numbers_ptr + 2 * i * NUMBERS, WIDTHS[i + 1], WIDTHS[i], factor, OPTIMIZER, NESTEROV,
-                BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION, UPCAST,
-            )  # fmt: skip
-        begin = end
+    FACTOR: tl.constexpr = 1.0 if LOSS == "cross_entropy" else 2.0
+    begin = tl.cdiv(WIDTHS[1], BLOCK_N) * tl.cdiv(WIDTHS[0], BLOCK_K)
+    if tile < begin:
+        _weight_tile(
+            tile, tiles, first, rows, x_ptr, index_ptr, WIDTHS[0], grads[0], BLOCKS[1], partials_ptr, scale,
+            parameters[0][0], parameters[1][0], parameters[2][0], parameters[3][0],
+            parameters[4][0], parameters[5][0], parameters[6][0],
+            numbers_ptr, WIDTHS[1], WIDTHS[0], FACTOR, OPTIMIZER, NESTEROV,
+            BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION, UPCAST,
+        )  # fmt: skip
+    elif len(WIDTHS) > 2:
+        # The other layers share their code: a copy for each would cost registers, or the instruction cache.
+        a_ptr, grad_ptr, numbers_ptr = hidden[0], grads[1], numbers_ptr + 2 * NUMBERS
+        N, K, pitch_a, pitch_g = WIDTHS[2], WIDTHS[1], BLOCKS[1], BLOCKS[2]
+        weight_ptr, bias_ptr = parameters[0][1], parameters[1][1]
+        copy_ptr, weight_moment_ptr, bias_moment_ptr = parameters[2][1], parameters[3][1], parameters[4][1]
+        weight_square_ptr, bias_square_ptr = parameters[5][1], parameters[6][1]
+        end = begin + tl.cdiv(WIDTHS[2], BLOCK_N) * tl.cdiv(WIDTHS[1], BLOCK_K)
+        for i in tl.static_range(2, len(WIDTHS) - 1):
+            here = tile >= end
+            a_ptr, grad_ptr = tl.where(here, hidden[i - 1], a_ptr), tl.where(here, grads[i], grad_ptr)
+            numbers_ptr = tl.where(here, numbers_ptr + 2 * NUMBERS, numbers_ptr)
+            N, K = tl.where(here, WIDTHS[i + 1], N), tl.where(here, WIDTHS[i], K)
+            pitch_a, pitch_g = tl.where(here, BLOCKS[i], pitch_a), tl.where(here, BLOCKS[i + 1], pitch_g)
+            weight_ptr = tl.where(here, parameters[0][i], weight_ptr)
+            bias_ptr = tl.where(here, parameters[1][i], bias_ptr)
+            if copy_ptr is not None:
+                copy_ptr = tl.where(here, parameters[2][i], copy_ptr)
+            if weight_moment_ptr is not None:
+                weight_moment_ptr = tl.where(here, parameters[3][i], weight_moment_ptr)
+                bias_moment_ptr = tl.where(here, parameters[4][i], bias_moment_ptr)
+            if weight_square_ptr is not None:
+                weight_square_ptr = tl.where(here, parameters[5][i], weight_square_ptr)
+                bias_square_ptr = tl.where(here, parameters[6][i], bias_square_ptr)
+            begin = tl.where(here, end, begin)
+            end += tl.cdiv(WIDTHS[i + 1], BLOCK_N) * tl.cdiv(WIDTHS[i], BLOCK_K)
+        _weight_tile(
+            tile - begin, tiles, 0, rows, a_ptr, None, pitch_a, grad_ptr, pitch_g, partials_ptr, scale,
+            weight_ptr, bias_ptr, copy_ptr, weight_moment_ptr, bias_moment_ptr,
+            weight_square_ptr, bias_square_ptr, numbers_ptr, N, K, FACTOR, OPTIMIZER, NESTEROV,
+            BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION, UPCAST,
+        )  # fmt: skip
     if tile == 0:
         tl.store(loss_ptr, total_of(partials_ptr, tiles) / total_of(partials_ptr + tiles, tiles))

@@ -30,6 +30,15 @@ from fusedmlp.kernels.forward import _linear_forward_kernel
 from fusedmlp.kernels.grad_input import _grad_input_descriptor_kernel, _grad_input_kernel
 from fusedmlp.kernels.grad_weight import _grad_weights_kernel
 from fusedmlp.kernels.relu_backward import BLOCK_M, BLOCK_N, _relu_backward_kernel
+from fusedmlp.kernels.step import (
+    PERSISTENT_TILES,
+    ROWS_TILES,
+    WEIGHTS_TILES,
+    _step_rows_kernel,
+    _step_weights_kernel,
+    _steps_kernel,
+    block_of,
+)
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
@@ -141,6 +150,52 @@ def grouped_products() -> Iterator[Spec]:
             yield Spec(name, _grad_weights_kernel, arguments, kind, tile)
 
 
+# Networks for the training step: MNIST's; all of the widest; sizes that are multiples of nothing.
+NETWORKS = {"mnist": (784, 256, 128, 10), "widest": (784, *[256] * 8, 256), "odd": (51, 201, 33, 7)}
+
+
+def steps(which: str) -> Iterator[Spec]:
+    """The training step's phases, and both of them in one launch."""
+    kernel = {
+        "step_rows": _step_rows_kernel,
+        "step_weights": _step_weights_kernel,
+        "steps": _steps_kernel,
+    }[which]
+    # network, loss, optimizer, kind of products, their dtype, x's, which of the tiles
+    variants = [
+        (net, "cross_entropy", "adamw", kind, dtype, x, size)
+        for net in NETWORKS
+        for kind, dtype in (("half", "fp16"), ("half", "bf16"), ("tf32", "fp32"), ("ieee", "fp32"))
+        for x in ("u8", "fp32")
+        for size in (0, 1)
+    ]
+    for net, loss, optimizer, kind, dtype, x, size in variants:
+        widths = NETWORKS[net]
+        layers = len(widths) - 1
+        aligned = [f"*{dtype}:16"] * layers
+        master, moments = ("*fp32:16",) * layers, ("*fp32:16" if optimizer != "sgd" else None,) * layers
+        copies = tuple(aligned) if kind == "half" else (None,) * layers
+        rows_tile, weights_tile = ROWS_TILES[kind][size], WEIGHTS_TILES[kind]
+        if which == "steps":
+            rows_tile, weights_tile = PERSISTENT_TILES[kind]
+        tile = rows_tile if which == "step_rows" else weights_tile
+        arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
+        arguments |= {"x_ptr": f"*{x}:16", "index_ptr": "*i64:16"}
+        arguments |= {"target_ptr": "*i64:16" if loss == "cross_entropy" else "*fp32:16", "scale": "fp32"}
+        arguments |= {"weights": copies if kind == "half" else master, "biases": master}
+        arguments |= {"hidden": tuple(aligned[1:]), "grads": tuple(aligned), "arrived_ptr": "*i32:16"}
+        arguments |= {"parameters": (master, master, copies, *[moments] * 4)}
+        arguments |= dict.fromkeys(("partials_ptr", "numbers_ptr", "losses_ptr"), "*fp32:16")
+        arguments |= {"WIDTHS": widths, "BLOCKS": tuple(map(block_of, widths)), "LOSS": loss}
+        arguments |= {"OPTIMIZER": optimizer, "NESTEROV": False, "UPCAST": False, "OVERLAP": False}
+        arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
+        arguments |= {"ROWS_BLOCK_M": rows_tile.BLOCK_M, "ROWS_BLOCK_K": rows_tile.BLOCK_K}
+        arguments |= {key: value for key, value in tile._asdict().items() if key.startswith("BLOCK")}
+        arguments = {key: value for key, value in arguments.items() if key in kernel.arg_names}
+        name = f"{which} {net} {loss} {optimizer} {dtype} {kind} x {x} {tuple(tile)}"
+        yield Spec(name, kernel, arguments, kind, tile)
+
+
 def specs(which: str) -> Iterator[Spec]:
     """Every build of one launcher."""
     if which == "linear_forward":
@@ -190,6 +245,8 @@ def specs(which: str) -> Iterator[Spec]:
             arguments |= {"odd_parts": ("i32",) * 3, "sizes": ("i32:16", "i32", "i32:16")}
             arguments |= {"BLOCK_P": block_p, "BLOCK": 2048 // block_p}
             yield Spec(f"add_up {dtype} {block_p} at a time", _add_up_kernel, arguments)
+    elif which in ("step_rows", "step_weights", "steps"):
+        yield from steps(which)
     else:
         raise SystemExit(f"no launcher {which!r}")
 
@@ -211,9 +268,10 @@ def build(spec: Spec, arch: int) -> dict[str, Any]:
 
     def describe(value: Any, place: tuple[int, ...]) -> Any:
         """The type of an argument as Triton writes it, its constants and alignments noted by place."""
-        if isinstance(value, tuple):
+        compiled_in = spec.kernel.params[place[0]].is_constexpr
+        if isinstance(value, tuple) and not compiled_in:
             return tuple(describe(part, (*place, i)) for i, part in enumerate(value))
-        if not isinstance(value, str) or spec.kernel.arg_names[place[0]] == "INPUT_PRECISION":
+        if not isinstance(value, str) or compiled_in:
             constants[place] = value
             return "constexpr"
         type_, _, multiple = value.partition(":")
