@@ -21,6 +21,7 @@ from .step_weights import NUMBERS, weights_of_step
 
 WIDEST = 256  # outputs of a layer: a program holds a row of them
 DEEPEST = 9  # layers
+DEEPEST_PERSISTENT = 4  # in the persistent form, which has fewer registers for them
 MOST_STEPS = 2**14  # in one launch: a barrier counts programs, two times a step, in 32 bits
 
 COLUMNS: int = NUMBERS.value
@@ -44,9 +45,9 @@ class WeightsTile(NamedTuple):
 # The first for few rows, where more programs are at work; the second for many, where each reads the weights
 # for more rows. Every entry is compiled for sm_80, sm_90 and sm_100 by tests/test_codegen.py. None was timed.
 ROWS_TILES: dict[str, tuple[RowsTile, RowsTile]] = {
-    "half": (RowsTile(16, 64, 8, 2), RowsTile(64, 32, 8, 2)),
-    "tf32": (RowsTile(16, 32, 8, 2), RowsTile(64, 32, 8, 2)),
-    "ieee": (RowsTile(16, 16, 8, 2), RowsTile(32, 16, 8, 2)),
+    "half": (RowsTile(16, 64, 8, 3), RowsTile(64, 32, 8, 4)),
+    "tf32": (RowsTile(16, 32, 8, 3), RowsTile(32, 32, 8, 3)),
+    "ieee": (RowsTile(16, 16, 8, 3), RowsTile(32, 16, 16, 3)),
 }
 MANY_ROWS = 2048
 
@@ -58,7 +59,9 @@ WEIGHTS_TILES: dict[str, WeightsTile] = {
 }
 # The persistent form has one number of warps for both phases.
 PERSISTENT_TILES: dict[str, tuple[RowsTile, WeightsTile]] = {
-    kind: (ROWS_TILES[kind][0], WEIGHTS_TILES[kind]._replace(num_warps=8)) for kind in ROWS_TILES
+    "half": (RowsTile(16, 32, 8, 3), WeightsTile(32, 64, 64, 8, 3)),
+    "tf32": (RowsTile(16, 16, 8, 3), WeightsTile(32, 64, 32, 8, 3)),
+    "ieee": (RowsTile(16, 16, 8, 3), WeightsTile(32, 64, 16, 8, 3)),
 }
 
 
@@ -156,6 +159,16 @@ def adam_numbers(
     return (lr / correction1, decay, 1.0 - beta1, beta2, 1.0 - beta2, correction2**-0.5, eps, 0.0)
 
 
+@triton.jit
+def unknown_zero(n):
+    """0 to add to offsets and bounds, which the compiler takes for a multiple of 16 that changes with n.
+
+    Layers have constant sizes. Knowing them, the compiler unrolls their loops, and computes every layer's
+    addresses once for all steps: far more than there are registers.
+    """
+    return n * tl.program_id(1) * 16
+
+
 @triton.jit(do_not_specialize=["first", "rows", "tiles"])
 def _step_rows_kernel(
     first, rows, tiles, x_ptr, index_ptr, target_ptr, weights, biases, hidden, grads, partials_ptr, scale,
@@ -166,12 +179,11 @@ def _step_rows_kernel(
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
-    # Persistent: one-tile programs are the ones in which ptxas serialises wgmma on sm_90.
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        rows_of_step(
-            tile, tiles, first, rows, x_ptr, index_ptr, target_ptr, weights, biases, hidden, grads,
-            partials_ptr, scale, WIDTHS, BLOCKS, LOSS, BLOCK_M, BLOCK_K, INPUT_PRECISION, UPCAST,
-        )  # fmt: skip
+    rows_of_step(
+        tl.program_id(0), tiles, first, rows, x_ptr, index_ptr, target_ptr, weights, biases, hidden, grads,
+        partials_ptr, scale, unknown_zero(1),
+        WIDTHS, BLOCKS, LOSS, BLOCK_M, BLOCK_K, INPUT_PRECISION, UPCAST,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first", "rows", "tiles", "step"])
@@ -220,19 +232,19 @@ def _steps_kernel(
     """Both phases of every step, with a barrier of all programs after each, which must be running together."""
     programs = tl.num_programs(0)
     goal = 0
-    for step in range(0, steps):
+    for step in tl.range(0, steps, disable_licm=True):
         here = tl.minimum(batch, rows - step * batch)
         start = first + step * batch
         tiles = tl.cdiv(here, ROWS_BLOCK_M)
-        for tile in tl.range(tl.program_id(0), tiles, programs):
+        for tile in tl.range(tl.program_id(0), tiles, programs, disable_licm=True):
             rows_of_step(
                 tile, tiles, start, here, x_ptr, index_ptr, target_ptr, weights, parameters[1], hidden, grads,
-                partials_ptr, scale,
+                partials_ptr, scale, unknown_zero(step),
                 WIDTHS, BLOCKS, LOSS, ROWS_BLOCK_M, ROWS_BLOCK_K, INPUT_PRECISION, UPCAST,
             )  # fmt: skip
         goal += programs
         _wait_for_all(arrived_ptr, goal)
-        for tile in tl.range(tl.program_id(0), weight_tiles, programs):
+        for tile in tl.range(tl.program_id(0), weight_tiles, programs, disable_licm=True):
             weights_of_step(
                 tile, tiles, start, here, x_ptr, index_ptr, parameters, hidden, grads, partials_ptr,
                 numbers_ptr + step * 2 * (len(WIDTHS) - 1) * NUMBERS, losses_ptr + step, scale,

@@ -18,6 +18,7 @@ def _product(
     b_ptr,  # (K, C)
     like_ptr,  # of the dtype in which to multiply
     scale,  # what integers in a are multiplied by
+    zero,
     K: tl.constexpr,
     C: tl.constexpr,
     stride_bk: tl.constexpr,
@@ -29,10 +30,10 @@ def _product(
     UPCAST: tl.constexpr,
 ):
     """``a @ b`` in float32, (BLOCK_M, BLOCK_C), where C <= BLOCK_C: zeros past the last row and column."""
-    offs_k = tl.arange(0, BLOCK_K)
-    offs_c = tl.arange(0, BLOCK_C)
+    offs_k = zero + tl.arange(0, BLOCK_K)
+    offs_c = zero + tl.arange(0, BLOCK_C)
     acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    for k in tl.range(0, K, BLOCK_K):
+    for k in tl.range(0, K + zero, BLOCK_K):
         valid_k = offs_k < K - k
         a = tl.load(
             a_ptr + a_rows[:, None] + (k + offs_k)[None, :], mask=valid_m[:, None] & valid_k[None, :], other=0
@@ -104,6 +105,7 @@ def rows_of_step(
     grads,  # of each layer: the gradient of its product, likewise
     partials_ptr,  # (2, tiles): sums of the loss and of what it is the mean of
     scale,
+    zero,  # 0, which the compiler does not know: see step.unknown_zero
     WIDTHS: tl.constexpr,  # of x and of each layer's output
     BLOCKS: tl.constexpr,  # the powers of two that hold them
     LOSS: tl.constexpr,
@@ -127,10 +129,10 @@ def rows_of_step(
             tl.debug_barrier()
             a_ptr, a_rows = hidden[i - 1], m * BLOCKS[i]
         z = _product(
-            a_ptr, a_rows, valid_m, weights[i], weights[i], scale,
+            a_ptr, a_rows, valid_m, weights[i], weights[i], scale, zero,
             WIDTHS[i], WIDTHS[i + 1], 1, WIDTHS[i], BLOCK_M, BLOCK_K, BLOCKS[i + 1], INPUT_PRECISION, UPCAST,
         )  # fmt: skip
-        offs_n = tl.arange(0, BLOCKS[i + 1])
+        offs_n = zero + tl.arange(0, BLOCKS[i + 1])
         z += tl.load(biases[i] + offs_n, mask=offs_n < WIDTHS[i + 1], other=0.0)[None, :]
         if i < last:
             # max() drops NaN unless told to keep it; torch.relu keeps it.
@@ -154,10 +156,10 @@ def rows_of_step(
         tl.debug_barrier()
         grad = _product(
             grads[last - j], m * BLOCKS[last - j + 1], valid_m, weights[last - j], weights[last - j], scale,
-            WIDTHS[last - j + 1], WIDTHS[last - j], WIDTHS[last - j], 1,
+            zero, WIDTHS[last - j + 1], WIDTHS[last - j], WIDTHS[last - j], 1,
             BLOCK_M, BLOCK_K, BLOCKS[last - j], INPUT_PRECISION, UPCAST,
         )  # fmt: skip
-        offs_k = m[:, None] * BLOCKS[last - j] + tl.arange(0, BLOCKS[last - j])[None, :]
+        offs_k = m[:, None] * BLOCKS[last - j] + (zero + tl.arange(0, BLOCKS[last - j]))[None, :]
         h = tl.load(hidden[last - j - 1] + offs_k, mask=valid_m[:, None], other=0.0)
         # torch's rule: 0 where the output is <= 0, passed everywhere else, so also where it is NaN.
         grad = tl.where(h.to(tl.float32) <= 0.0, 0.0, grad)

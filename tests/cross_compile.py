@@ -31,6 +31,7 @@ from fusedmlp.kernels.grad_input import _grad_input_descriptor_kernel, _grad_inp
 from fusedmlp.kernels.grad_weight import _grad_weights_kernel
 from fusedmlp.kernels.relu_backward import BLOCK_M, BLOCK_N, _relu_backward_kernel
 from fusedmlp.kernels.step import (
+    DEEPEST_PERSISTENT,
     PERSISTENT_TILES,
     ROWS_TILES,
     WEIGHTS_TILES,
@@ -150,50 +151,48 @@ def grouped_products() -> Iterator[Spec]:
             yield Spec(name, _grad_weights_kernel, arguments, kind, tile)
 
 
-# Networks for the training step: MNIST's; all of the widest; sizes that are multiples of nothing.
-NETWORKS = {"mnist": (784, 256, 128, 10), "widest": (784, *[256] * 8, 256), "odd": (51, 201, 33, 7)}
+# Networks for the training step, and what else is compiled in: MNIST's, in pixels; all of the widest; sizes
+# that are multiples of nothing.
+NETWORKS = {
+    "mnist": ((784, 256, 128, 10), "cross_entropy", "adamw", "u8"),
+    "widest": ((784, *[256] * 8, 256), "cross_entropy", "sgd", "fp16"),
+    "odd": ((51, 201, 33, 7), "mse", "adam", "fp32"),
+}
 
 
-def steps(which: str) -> Iterator[Spec]:
+def training_steps(which: str) -> Iterator[Spec]:
     """The training step's phases, and both of them in one launch."""
-    kernel = {
-        "step_rows": _step_rows_kernel,
-        "step_weights": _step_weights_kernel,
-        "steps": _steps_kernel,
-    }[which]
-    # network, loss, optimizer, kind of products, their dtype, x's, which of the tiles
-    variants = [
-        (net, "cross_entropy", "adamw", kind, dtype, x, size)
-        for net in NETWORKS
-        for kind, dtype in (("half", "fp16"), ("half", "bf16"), ("tf32", "fp32"), ("ieee", "fp32"))
-        for x in ("u8", "fp32")
-        for size in (0, 1)
-    ]
-    for net, loss, optimizer, kind, dtype, x, size in variants:
-        widths = NETWORKS[net]
+    kernel = {"step_rows": _step_rows_kernel, "step_weights": _step_weights_kernel, "steps": _steps_kernel}[which]
+    for (name, (widths, loss, optimizer, x)), (kind, dtypes) in itertools.product(
+        NETWORKS.items(), DTYPES.items()
+    ):
         layers = len(widths) - 1
-        aligned = [f"*{dtype}:16"] * layers
-        master, moments = ("*fp32:16",) * layers, ("*fp32:16" if optimizer != "sgd" else None,) * layers
-        copies = tuple(aligned) if kind == "half" else (None,) * layers
-        rows_tile, weights_tile = ROWS_TILES[kind][size], WEIGHTS_TILES[kind]
         if which == "steps":
-            rows_tile, weights_tile = PERSISTENT_TILES[kind]
-        tile = rows_tile if which == "step_rows" else weights_tile
-        arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
-        arguments |= {"x_ptr": f"*{x}:16", "index_ptr": "*i64:16"}
-        arguments |= {"target_ptr": "*i64:16" if loss == "cross_entropy" else "*fp32:16", "scale": "fp32"}
-        arguments |= {"weights": copies if kind == "half" else master, "biases": master}
-        arguments |= {"hidden": tuple(aligned[1:]), "grads": tuple(aligned), "arrived_ptr": "*i32:16"}
-        arguments |= {"parameters": (master, master, copies, *[moments] * 4)}
-        arguments |= dict.fromkeys(("partials_ptr", "numbers_ptr", "losses_ptr"), "*fp32:16")
-        arguments |= {"WIDTHS": widths, "BLOCKS": tuple(map(block_of, widths)), "LOSS": loss}
-        arguments |= {"OPTIMIZER": optimizer, "NESTEROV": False, "UPCAST": False, "OVERLAP": False}
-        arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
-        arguments |= {"ROWS_BLOCK_M": rows_tile.BLOCK_M, "ROWS_BLOCK_K": rows_tile.BLOCK_K}
-        arguments |= {key: value for key, value in tile._asdict().items() if key.startswith("BLOCK")}
-        arguments = {key: value for key, value in arguments.items() if key in kernel.arg_names}
-        name = f"{which} {net} {loss} {optimizer} {dtype} {kind} x {x} {tuple(tile)}"
-        yield Spec(name, kernel, arguments, kind, tile)
+            if layers > DEEPEST_PERSISTENT:
+                continue
+            tiles = [PERSISTENT_TILES[kind]]
+        else:
+            tiles = [(tile, WEIGHTS_TILES[kind]) for tile in ROWS_TILES[kind]]
+        if which == "step_weights":
+            tiles = tiles[:1]
+        for (rows_tile, weights_tile), dtype in itertools.product(tiles, dtypes if name == "mnist" else dtypes[:1]):
+            tile = rows_tile if which == "step_rows" else weights_tile
+            stored, master = (f"*{dtype}:16",) * layers, ("*fp32:16",) * layers
+            copies = stored if kind == "half" else (None,) * layers
+            squares = (None,) * layers if optimizer == "sgd" else master
+            arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
+            arguments |= {"x_ptr": f"*{x}:16", "index_ptr": "*i64:16", "scale": "fp32"}
+            arguments |= {"target_ptr": "*fp32:16" if loss == "mse" else "*i64:16", "arrived_ptr": "*i32:16"}
+            arguments |= {"weights": stored, "biases": master, "hidden": stored[1:], "grads": stored}
+            arguments |= {"parameters": (master, master, copies, master, master, squares, squares)}
+            arguments |= dict.fromkeys(("partials_ptr", "numbers_ptr", "losses_ptr"), "*fp32:16")
+            arguments |= {"WIDTHS": widths, "BLOCKS": tuple(map(block_of, widths)), "LOSS": loss}
+            arguments |= {"OPTIMIZER": optimizer, "NESTEROV": True, "UPCAST": False, "OVERLAP": False}
+            arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
+            arguments |= {"ROWS_BLOCK_M": rows_tile.BLOCK_M, "ROWS_BLOCK_K": rows_tile.BLOCK_K}
+            arguments |= {key: value for key, value in tile._asdict().items() if key.startswith("BLOCK")}
+            arguments = {key: value for key, value in arguments.items() if key in kernel.arg_names}
+            yield Spec(f"{which} {name} {dtype} {kind} {tuple(tile)}", kernel, arguments, kind, tile)
 
 
 def specs(which: str) -> Iterator[Spec]:
@@ -246,7 +245,7 @@ def specs(which: str) -> Iterator[Spec]:
             arguments |= {"BLOCK_P": block_p, "BLOCK": 2048 // block_p}
             yield Spec(f"add_up {dtype} {block_p} at a time", _add_up_kernel, arguments)
     elif which in ("step_rows", "step_weights", "steps"):
-        yield from steps(which)
+        yield from training_steps(which)
     else:
         raise SystemExit(f"no launcher {which!r}")
 
