@@ -17,12 +17,14 @@ from fusedmlp._verify import verify
 from fusedmlp._version import __version__
 from fusedmlp.convert import fuse, unfuse
 from fusedmlp.nn import MLP, Linear, LinearReLU, Sequential
+from fusedmlp.train import TrainStep
 
 __all__ = [
     "MLP",
     "Linear",
     "LinearReLU",
     "Sequential",
+    "TrainStep",
     "__version__",
     "backend",
     "convert",

@@ -124,8 +124,14 @@ def test_public_names_and_version() -> None:
 # Each room imports only rooms below it, as in
 # convert -> nn -> functional -> _autograd -> _dispatch -> {_reference, kernels}
 BELOW: dict[str, set[str]] = {
-    "__init__": {"_dispatch", "_explain", "_tune", "_verify", "_version", "convert", "functional", "nn"},
+    "__init__": {
+        *("_dispatch", "_explain", "_tune", "_verify", "_version", "convert", "functional", "nn", "train"),
+    },
     "__main__": {"_dispatch", "_tune", "functional", "fusedmlp", "nn"},
+    "train": {"_capture", "_direct", "_dispatch", "_recipe"},
+    "_capture": {"_dispatch", "_recipe"},
+    "_direct": {"_recipe"},
+    "_recipe": {"_dispatch", "nn"},
     "_tune": {"_dispatch", "_tuning", "functional"},
     "_tuning": {"_dispatch", "_measure", "_version", "functional"},
     "_verify": {"_dispatch", "_explain", "_measure", "_runs", "_verification"},

@@ -1,0 +1,282 @@
+"""The step of an MLP on a CPU in direct ATen calls: forward, loss, backward and update without autograd.
+
+The same formulas as autograd's, in PyTorch's own operators, so NaN and infinities go where they go there.
+"""
+
+import functools
+import pathlib
+from typing import Any
+
+import torch
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
+
+from fusedmlp._recipe import Recipe
+
+_aten = torch.ops.aten
+_threshold_backward = _aten.threshold_backward.grad_input
+_nll_loss, _nll_loss_backward = _aten.nll_loss_forward.default, _aten.nll_loss_backward.default
+_log_softmax_backward = _aten._log_softmax_backward_data.default
+_mse_loss, _mse_loss_backward = _aten.mse_loss.default, _aten.mse_loss_backward.default
+_MEAN, _IGNORE_INDEX = 1, -100  # of the losses' reductions, and cross_entropy's default
+
+# Multiplications below which oneDNN's product takes longer than MKL's: measured on Zen 5.
+_LEAST_FOR_ONEDNN = 2e6
+
+
+def why_not(recipe: Recipe, x: torch.Tensor, y: torch.Tensor) -> str | None:
+    """None if :func:`run` is right for this batch, else the reason."""
+    if type(x) is not torch.Tensor or type(y) is not torch.Tensor:
+        return "x or y is not a plain torch.Tensor"
+    weight = recipe.weights[0]
+    if not (x.is_cpu and y.is_cpu and weight.is_cpu):
+        return "x, y and the model are not all on the CPU"
+    dtype = weight.dtype
+    if x.dtype is not dtype or dtype not in (torch.float32, torch.float64):
+        return f"x is {x.dtype} and the model {dtype}; float32 or float64 is known"
+    if x.requires_grad or y.requires_grad or x.is_inference() or y.is_inference():
+        return "x or y requires grad, or was made in inference mode"
+    if x.layout is not torch.strided or y.layout is not torch.strided or x.is_nested or y.is_nested:
+        return "x or y is sparse or nested"
+    shape = x.shape
+    if len(shape) < 2 or not (recipe.flatten or len(shape) == 2):
+        return f"x {tuple(shape)} is not a batch of rows"
+    rows, columns = shape[0], shape[1:].numel()
+    if rows == 0 or columns != weight.shape[1]:
+        return f"x {tuple(shape)} is empty, or has not the {weight.shape[1]} columns of the first layer"
+    if recipe.loss == "cross_entropy":
+        if y.dtype is not torch.int64 or y.shape != (rows,):
+            return f"y is {tuple(y.shape)} of {y.dtype}; class numbers are known, int64, one for each row"
+    elif y.dtype is not dtype or y.shape != (rows, recipe.weights[-1].shape[0]):
+        return f"y is {tuple(y.shape)} of {y.dtype}, not like the output of the model"
+    return None
+
+
+def run(
+    recipe: Recipe,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    first: bool,
+    last: bool,
+    accumulate: int,
+    clip_grad_norm: float | None,
+    compute_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """The loss, after which the parameters and the optimizer's state are those of the next step.
+
+    first, last: of ``accumulate`` calls, whose gradients lie in ``.grad`` in between. After the last call
+    every ``.grad`` is None.
+    """
+    parameters = recipe.parameters
+    with torch.no_grad():
+        if first:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad = None
+        # Plain SGD lets go of each gradient as soon as it is made.
+        at_once = (
+            recipe.update == "sgd"
+            and accumulate == 1
+            and clip_grad_norm is None
+            and all(group["momentum"] == 0 for group in recipe.groups)
+        )
+        weights: list[torch.Tensor] = list(recipe.weights)
+        if compute_dtype is not None:
+            weights = [weight.to(compute_dtype) for weight in weights]
+        onednn = None
+        if x.dtype is torch.float32 and compute_dtype is None and torch._C._get_mkldnn_enabled():
+            onednn = _onednn()
+        x = (x.flatten(1) if recipe.flatten else x).to(compute_dtype or x.dtype)
+        inputs, output = _forward(recipe, weights, x, onednn)
+        loss, grad_output = _loss(recipe, output, y, 1 / accumulate)
+        del output
+        grads = _backward(recipe, weights, inputs, grad_output, at_once, onednn)
+        if at_once:
+            return loss
+        if accumulate > 1 or clip_grad_norm is not None:
+            for parameter, grad in zip(parameters, grads, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = grad
+                else:
+                    parameter.grad.add_(grad)
+            if not last:
+                return loss
+            if clip_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+            grads = [parameter.grad for parameter in parameters]  # type: ignore[misc]  # none is None
+            for parameter in parameters:
+                parameter.grad = None
+        _update(recipe, grads)
+    return loss
+
+
+def _forward(
+    recipe: Recipe, weights: list[torch.Tensor], x: torch.Tensor, onednn: Any
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """What goes into each layer, and what comes out of the last."""
+    inputs = [x]
+    for weight, bias in zip(weights[:-1], recipe.biases[:-1], strict=True):
+        inputs.append(_linear(inputs[-1], weight, bias, onednn).relu_())
+    return inputs, _linear(inputs[-1], weights[-1], recipe.biases[-1], onednn)
+
+
+def _loss(
+    recipe: Recipe, output: torch.Tensor, y: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and its gradient with regard to the output, times scale."""
+    output = output.to(recipe.weights[0].dtype)
+    one = output.new_full((), scale)
+    if recipe.loss == "mse":
+        return _mse_loss(output, y, _MEAN), _mse_loss_backward(one, output, y, _MEAN)
+    log_softmax = torch.log_softmax(output, 1)
+    loss, total = _nll_loss(log_softmax, y, None, _MEAN, _IGNORE_INDEX)
+    grad = _nll_loss_backward(one, log_softmax, y, None, _MEAN, _IGNORE_INDEX, total)
+    return loss, _log_softmax_backward(grad, log_softmax, 1, log_softmax.dtype)
+
+
+def _backward(
+    recipe: Recipe,
+    weights: list[torch.Tensor],
+    inputs: list[torch.Tensor],
+    grad_output: torch.Tensor,
+    at_once: bool,
+    onednn: Any,
+) -> list[torch.Tensor]:
+    """The gradients of the parameters; none if at once each was subtracted from its parameter."""
+    grads: list[torch.Tensor] = []
+    groups = iter(reversed(recipe.groups))
+    for i in range(len(weights) - 1, -1, -1):
+        x, weight, bias = inputs.pop(), recipe.weights[i], recipe.biases[i]
+        # Before the cast, and in float32.
+        grad_bias = None if bias is None else grad_output.sum(0, dtype=weight.dtype)
+        grad_output = grad_output.to(x.dtype)
+        grad_input = None
+        if i > 0:  # before the weight changes
+            grad_input = _grad_input(grad_output, weights[i], onednn)
+            _threshold_backward(grad_input, x, 0, grad_input=grad_input)
+        if at_once:
+            if bias is not None:
+                _descend(bias, grad_bias, next(groups))
+            _descend_by_product(weight, grad_output, x, next(groups), onednn)
+        else:
+            if grad_bias is not None:
+                grads.append(grad_bias)
+            grads.append(_grad_weight(grad_output, x, onednn).to(weight.dtype))
+        if grad_input is not None:
+            grad_output = grad_input
+    return grads[::-1]
+
+
+def _descend(parameter: torch.Tensor, grad: torch.Tensor | None, group: dict[str, Any]) -> None:
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    if decay != 0:
+        parameter.mul_(1 - lr * decay)
+    parameter.add_(grad, alpha=-lr)  # type: ignore[arg-type]
+
+
+def _descend_by_product(
+    weight: torch.Tensor, grad_output: torch.Tensor, x: torch.Tensor, group: dict[str, Any], onednn: Any
+) -> None:
+    """The update in the same pass over the weight as the product, where that is MKL's."""
+    lr, keep = float(group["lr"]), 1 - float(group["lr"]) * float(group["weight_decay"])
+    # Of a factor of 0 BLAS would not look at the NaNs in what it multiplies.
+    by_onednn = onednn is not None and x.shape[0] * weight.numel() > _LEAST_FOR_ONEDNN
+    if lr == 0 or keep == 0 or x.dtype is not weight.dtype or by_onednn:
+        _descend(weight, _grad_weight(grad_output, x, onednn), group)
+    else:
+        weight.addmm_(grad_output.t(), x, beta=keep, alpha=-lr)
+
+
+def _update(recipe: Recipe, grads: list[torch.Tensor]) -> None:
+    """By PyTorch's own formulas, a group of parameters at a time."""
+    members: dict[int, list[int]] = {}
+    for i, group in enumerate(recipe.groups):
+        members.setdefault(id(group), []).append(i)
+    for indices in members.values():
+        group = recipe.groups[indices[0]]
+        parameters = [recipe.parameters[i] for i in indices]
+        states = [recipe.states[i] for i in indices]
+        own = [grads[i] for i in indices]
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        if recipe.update == "sgd":
+            momentum = group["momentum"]
+            sgd(
+                parameters,  # type: ignore[arg-type]
+                own,
+                [state["momentum_buffer"] if momentum != 0 else None for state in states],
+                fused=True,
+                weight_decay=decay,
+                momentum=momentum,
+                lr=lr,
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=False,
+            )
+            continue
+        beta1, beta2 = group["betas"]
+        adam(
+            parameters,  # type: ignore[arg-type]
+            own,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            decoupled_weight_decay=recipe.update == "adamw",
+            amsgrad=False,
+            beta1=float(beta1),
+            beta2=float(beta2),
+            lr=lr,
+            weight_decay=decay,
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, onednn: Any) -> torch.Tensor:
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    if onednn is not None and x.shape[0] * weight.numel() > _LEAST_FOR_ONEDNN:
+        return onednn(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def _grad_input(grad_output: torch.Tensor, weight: torch.Tensor, onednn: Any) -> torch.Tensor:
+    if onednn is not None and grad_output.shape[0] * weight.numel() > _LEAST_FOR_ONEDNN:
+        return onednn(grad_output, weight.t(), None, "none", [], "")  # type: ignore[no-any-return]
+    return grad_output.mm(weight)
+
+
+def _grad_weight(grad_output: torch.Tensor, x: torch.Tensor, onednn: Any) -> torch.Tensor:
+    if onednn is not None and x.numel() * grad_output.shape[1] > _LEAST_FOR_ONEDNN:
+        return onednn(grad_output.t(), x.t(), None, "none", [], "")  # type: ignore[no-any-return]
+    return grad_output.t().mm(x)
+
+
+def why_not_bfloat16() -> str | None:
+    """Why products in bfloat16 take longer than in float32 on this CPU, or None."""
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        probe = getattr(torch.cpu, name, None)  # private, so it may be missing
+        if probe is not None and probe():
+            return None
+    return "this CPU has neither AMX nor AVX512-BF16, as far as PyTorch can tell"
+
+
+@functools.cache
+def _onednn() -> Any:
+    """oneDNN's float32 product, or None where PyTorch's own, MKL's, is as fast.
+
+    MKL uses AVX-512 on Intel's CPUs only; oneDNN also on AMD's, where it takes less than half the time since
+    Zen 5, which has the units for it. The operator is private, so it may be missing.
+    """
+    try:
+        operator = torch.ops.mkldnn._linear_pointwise.default
+        information = pathlib.Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except (AttributeError, RuntimeError, OSError):
+        return None
+    lines = (line.partition(":") for line in information.splitlines())
+    cpu = {name.strip(): value.strip() for name, _, value in lines}
+    zen_5 = cpu.get("vendor_id") == "AuthenticAMD" and int(cpu.get("cpu family", 0)) >= 26
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+    return operator if zen_5 and wide and torch.backends.mkl.is_available() else None

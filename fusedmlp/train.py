@@ -1,0 +1,189 @@
+"""``TrainStep``: forward, loss, backward and update as one call, on the fastest route that is right."""
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fusedmlp import _direct
+from fusedmlp._recipe import NO_STATE, Recipe, recipe_of, why_watched
+
+LossFunction = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+class TrainStep:
+    """One step of training: ``zero_grad``, ``model(x)``, ``loss_fn``, ``backward`` and ``optimizer.step``.
+
+    Any model, loss and torch optimizer; what is known well enough takes a faster route, with the same
+    results and the same state of model and optimizer. :meth:`explain` says which, and why not another.
+
+    loss_fn: called as ``loss_fn(model(x), y)``, a scalar. clip_grad_norm: the largest norm of all gradients
+    together, as of ``torch.nn.utils.clip_grad_norm_``. accumulate: the optimizer steps at every n-th call,
+    with the mean of the gradients. scaler: a ``torch.amp.GradScaler``. compute_dtype: ``torch.bfloat16``
+    computes the products in bfloat16 as under ``torch.autocast``; parameters stay float32.
+
+    Do not rely on the ``.grad`` of parameters after a step: some routes leave None there, as
+    ``zero_grad`` does. The loss is not looked at, which would wait for a GPU: a step whose loss is NaN
+    returns NaN. :meth:`epoch` warns and names the step.
+
+    >>> step = TrainStep(model, torch.nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> loss = step(x, y)
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss_fn: LossFunction,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_grad_norm: float | None = None,
+        accumulate: int = 1,
+        scaler: torch.amp.GradScaler | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        if accumulate < 1:
+            raise ValueError(f"accumulate is a number of calls, 1 or more, got {accumulate!r}")
+        if clip_grad_norm is not None and not clip_grad_norm > 0:
+            raise ValueError(f"clip_grad_norm is a norm above 0, or None, got {clip_grad_norm!r}")
+        if compute_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"compute_dtype is torch.bfloat16 or None, got {compute_dtype!r}")
+        self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
+        self.clip_grad_norm, self.accumulate = clip_grad_norm, accumulate
+        self.scaler, self.compute_dtype = scaler, compute_dtype
+        self._accumulated = 0  # calls whose gradients wait in .grad
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The loss of this batch, detached, after which the model is trained by it."""
+        recipe = self._recipe_for_direct(x, y)
+        if isinstance(recipe, str):
+            return self._ordinary(x, y)
+        first = self._accumulated == 0
+        last = self._accumulated + 1 == self.accumulate
+        loss = _direct.run(
+            recipe,
+            x,
+            y,
+            first=first,
+            last=last,
+            accumulate=self.accumulate,
+            clip_grad_norm=self.clip_grad_norm,
+            compute_dtype=self._compute_dtype(x),
+        )
+        self._accumulated = 0 if last else self._accumulated + 1
+        if last and "step" in vars(self.optimizer):  # a scheduler asks whether the optimizer has stepped
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        return loss
+
+    def explain(self, x: torch.Tensor, y: torch.Tensor) -> str:
+        """Which route a step with this batch takes, and why no faster one. Nothing is run."""
+        recipe = self._recipe_for_direct(x, y)
+        if not isinstance(recipe, str):
+            return "Direct: forward, loss, backward and update in ATen calls, without autograd."
+        text = f"Ordinary: zero_grad, forward, loss, backward, step. Not direct: {recipe}."
+        return text + (" Direct from the next step on." if recipe is NO_STATE else "")
+
+    def _recipe_for_direct(self, x: torch.Tensor, y: torch.Tensor) -> Recipe | str:
+        """What the step without autograd needs, or why not that."""
+        if not x.is_cpu:
+            return "x is not on the CPU"
+        if self.scaler is not None:
+            return "a GradScaler is given"
+        if (reason := why_watched("cpu")) is not None:
+            return reason
+        recipe = recipe_of(self.model, self.loss_fn, self.optimizer)
+        if isinstance(recipe, str):
+            return recipe
+        if self.compute_dtype is not None and recipe.weights[0].dtype is not torch.float32:
+            return f"compute_dtype is given, and the model is {recipe.weights[0].dtype}"
+        return _direct.why_not(recipe, x, y) or recipe
+
+    def _compute_dtype(self, x: torch.Tensor) -> torch.dtype | None:
+        """In which the products are computed, if not the model's."""
+        if self.compute_dtype is None or (x.is_cpu and _direct.why_not_bfloat16() is not None):
+            return None
+        return self.compute_dtype
+
+    def epoch(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        drop_last: bool = False,
+    ) -> torch.Tensor:
+        """Train on all rows once, in random order; the losses of the steps, detached, in their order.
+
+        images ``(n, ...)``: uint8, which become 0 to 1 in the model's dtype, or floating, taken as they are;
+        flattened to ``(batch, features)`` if the model begins with a Linear that takes so many features.
+        labels ``(n, ...)``. Every batch lies in the same memory. A loss that is not finite is warned of.
+        """
+        count = images.shape[0]
+        if labels.shape[0] != count:
+            raise ValueError(f"{count} images, but {labels.shape[0]} labels")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is 1 or more, got {batch_size!r}")
+        order = torch.randperm(count, generator=generator, device=images.device)
+        stop = count - count % batch_size if drop_last else count
+        flat = images.flatten(1) if _wants_flat(self.model, images.shape) else images
+        dtype = next((p.dtype for p in self.model.parameters()), torch.get_default_dtype())
+        losses = []
+        for start in range(0, stop, batch_size):
+            rows = order[start : start + batch_size]
+            x = flat.index_select(0, rows)
+            if not x.is_floating_point():
+                x = x.to(dtype).div_(255)
+            losses.append(self(x, labels.index_select(0, rows)))
+        all_losses = torch.stack(losses) if losses else torch.empty(0, dtype=dtype, device=images.device)
+        _warn_of_not_finite(all_losses)
+        return all_losses
+
+    def _ordinary(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self._accumulated == 0:
+            self.optimizer.zero_grad()
+        with self._autocast(x):
+            loss = self.loss_fn(self.model(x), y)
+        scaled = loss / self.accumulate if self.accumulate > 1 else loss
+        if self.scaler is not None:
+            scaled = self.scaler.scale(scaled)
+        scaled.backward()
+        self._accumulated = (self._accumulated + 1) % self.accumulate
+        if self._accumulated == 0:
+            self._update()
+        return loss.detach()
+
+    def _autocast(self, x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+        dtype = self._compute_dtype(x)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(x.device.type, dtype)
+
+    def _update(self) -> None:
+        """By the gradients in .grad."""
+        if self.clip_grad_norm is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+
+def _wants_flat(model: torch.nn.Module, shape: torch.Size) -> bool:
+    first = next((module for module in model.modules() if not list(module.children())), None)
+    return (
+        isinstance(first, torch.nn.Linear)
+        and len(shape) > 2
+        and first.in_features != shape[-1]
+        and first.in_features == shape[1:].numel()
+    )
+
+
+def _warn_of_not_finite(losses: torch.Tensor) -> None:
+    finite = losses.isfinite()
+    if not finite.all():
+        step = int(finite.int().argmin())
+        text = f"the loss of step {step} of this epoch, of {len(losses)} from 0, is {losses[step].item()}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
