@@ -50,6 +50,7 @@ ROWS_TILES: dict[str, tuple[RowsTile, RowsTile]] = {
     "ieee": (RowsTile(16, 16, 8, 3), RowsTile(32, 16, 16, 3)),
 }
 MANY_ROWS = 2048
+MOST_ROWS = 8192  # of a step: a program of the second phase reads them one after the other
 
 # 32 outputs to a tile: few enough that an MNIST network has a tile for each multiprocessor.
 WEIGHTS_TILES: dict[str, WeightsTile] = {
@@ -88,7 +89,7 @@ class Workspace(NamedTuple):
     arrived: torch.Tensor  # the grid barrier's counter
 
 
-class Recipe(NamedTuple):
+class Network(NamedTuple):
     """What is compiled in."""
 
     widths: tuple[int, ...]  # of x and of each layer's output
@@ -97,10 +98,11 @@ class Recipe(NamedTuple):
     nesterov: bool = False
 
 
-def why_no_step(
-    widths: Sequence[int], dtype: torch.dtype, capability: tuple[int, int] | None = None
-) -> str | None:
-    """None if there is a two-launch step for these widths (x's, then each layer's) and dtype of products."""
+def why_no_step(widths: Sequence[int], rows: int, dtype: torch.dtype) -> str | None:
+    """None if there is a two-launch step for these sizes and dtype of products, else the reason.
+
+    widths: x's, then each layer's.
+    """
     if len(widths) - 1 > DEEPEST:
         return f"there are {len(widths) - 1} layers, and the two-launch step is made for {DEEPEST} at most"
     if min(widths) < 1:
@@ -109,8 +111,10 @@ def why_no_step(
         return f"a layer has {max(widths[1:])} outputs, and the two-launch step is made for {WIDEST} at most"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the two-launch step computes in float32, float16 or bfloat16, not in {dtype}"
-    if capability is not None and capability < (8, 0):
-        return f"compute capability {capability} is below 8.0"
+    if rows < 1:
+        return "the batch is empty"
+    if rows > MOST_ROWS:
+        return f"{rows} rows are more than the {MOST_ROWS} that the two-launch step is made for"
     return None
 
 
@@ -142,17 +146,18 @@ def block_of(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def sgd_numbers(
-    lr: float, momentum: float, dampening: float, weight_decay: float, first: bool
-) -> tuple[float, ...]:
-    """What SGD's update multiplies by. first: the momentum buffer is new, and zero."""
-    return (lr, weight_decay, momentum, 1.0 if first else 1.0 - dampening, 0.0, 0.0, 0.0, 0.0)
+Numbers = tuple[Any, ...]  # COLUMNS of float, or of one-dimensional float64 tensors, a number for each step
+
+
+def sgd_numbers(lr: float, momentum: float, dampening: float, weight_decay: float) -> Numbers:
+    """What SGD's update multiplies by."""
+    return (lr, weight_decay, momentum, 1.0 - dampening, 0.0, 0.0, 0.0, 0.0)
 
 
 def adam_numbers(
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, decoupled: bool, step: float
-) -> tuple[float, ...]:
-    """The same for Adam's update number ``step``, from 1; decoupled: AdamW's."""
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, decoupled: bool, step: Any
+) -> Numbers:
+    """The same for Adam's update number ``step``, from 1, or a tensor of such; decoupled: AdamW's."""
     beta1, beta2 = betas
     correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
     decay = lr * weight_decay if decoupled else weight_decay
@@ -267,24 +272,25 @@ def _arithmetic_options(kind: str, upcast: bool) -> dict[str, Any]:
 
 
 @functools.lru_cache(256)
-def _plan(recipe: Recipe, rows: int, kind: str, upcast: bool, overlap: bool) -> _Plan:
-    rows_tile = ROWS_TILES[kind][rows > MANY_ROWS]
+def _plan(network: Network, rows: int, most_rows: int, kind: str, upcast: bool, overlap: bool) -> _Plan:
+    # The same tile for a short last batch: one kernel for all steps.
+    rows_tile = ROWS_TILES[kind][most_rows > MANY_ROWS]
     weights_tile = WEIGHTS_TILES[kind]
-    shared = _arithmetic_options(kind, upcast) | _sizes(recipe) | {"OVERLAP": overlap}
+    shared = _arithmetic_options(kind, upcast) | _sizes(network) | {"OVERLAP": overlap}
     if overlap:
         shared["launch_pdl"] = True
-    updates = {"OPTIMIZER": recipe.optimizer, "NESTEROV": recipe.nesterov}
+    updates = {"OPTIMIZER": network.optimizer, "NESTEROV": network.nesterov}
     return _Plan(
         cdiv(rows, rows_tile.BLOCK_M),
-        count_weight_tiles(recipe.widths, weights_tile),
+        count_weight_tiles(network.widths, weights_tile),
         shared | rows_tile._asdict(),
         shared | updates | weights_tile._asdict(),
     )
 
 
-def _sizes(recipe: Recipe) -> dict[str, Any]:
-    blocks = tuple(block_of(width) for width in recipe.widths)
-    return {"WIDTHS": recipe.widths, "BLOCKS": blocks, "LOSS": recipe.loss}
+def _sizes(network: Network) -> dict[str, Any]:
+    blocks = tuple(block_of(width) for width in network.widths)
+    return {"WIDTHS": network.widths, "BLOCKS": blocks, "LOSS": network.loss}
 
 
 def count_weight_tiles(widths: Sequence[int], tile: WeightsTile) -> int:
@@ -319,7 +325,7 @@ def train_step(
     rows: int,
     target: torch.Tensor,
     parameters: Parameters,
-    recipe: Recipe,
+    network: Network,
     numbers: torch.Tensor,
     losses: torch.Tensor,
     step: int,
@@ -338,7 +344,7 @@ def train_step(
 
     overlap: with programmatic dependent launch, sm_90 and newer. It has never run on a GPU.
     """
-    plan = _plan(recipe, rows, *_setting(workspace), overlap)
+    plan = _plan(network, rows, workspace.rows, *_setting(workspace), overlap)
     ws = workspace
     args: tuple[Any, ...] = (
         first, rows, plan.tiles, x, index, target, _multiplied(parameters), parameters.biases,
@@ -360,7 +366,7 @@ def train_steps(
     batch: int,
     target: torch.Tensor,
     parameters: Parameters,
-    recipe: Recipe,
+    network: Network,
     numbers: torch.Tensor,
     losses: torch.Tensor,
     workspace: Workspace,
@@ -372,14 +378,14 @@ def train_steps(
     """
     kind, upcast = _setting(workspace)
     rows_tile, weights_tile = PERSISTENT_TILES[kind]
-    weight_tiles = count_weight_tiles(recipe.widths, weights_tile)
+    weight_tiles = count_weight_tiles(network.widths, weights_tile)
     # Programs wait for each other: no more than run together, one on each multiprocessor. In the interpreter
     # one runs after the other.
     limit = 1 if interpreting() else device_limits(x.device.index).num_sms
     programs = min(limit, max(weight_tiles, cdiv(min(batch, rows), rows_tile.BLOCK_M)))
-    options = _arithmetic_options(kind, upcast) | _sizes(recipe) | weights_tile._asdict()
+    options = _arithmetic_options(kind, upcast) | _sizes(network) | weights_tile._asdict()
     options |= {"ROWS_BLOCK_M": rows_tile.BLOCK_M, "ROWS_BLOCK_K": rows_tile.BLOCK_K}
-    options |= {"OPTIMIZER": recipe.optimizer, "NESTEROV": recipe.nesterov, "launch_cooperative_grid": True}
+    options |= {"OPTIMIZER": network.optimizer, "NESTEROV": network.nesterov, "launch_cooperative_grid": True}
     workspace.arrived.zero_()
     args = (
         first, rows, batch, cdiv(rows, batch), weight_tiles, workspace.arrived, x, index, target,
