@@ -46,7 +46,7 @@ class WeightsTile(NamedTuple):
 # for more rows. 64 rows would be wgmma's on sm_90, which ptxas then serialises for some networks. Every entry
 # is compiled for sm_80, sm_90 and sm_100 by tests/test_codegen.py. None has been timed yet.
 ROWS_TILES: dict[str, tuple[RowsTile, RowsTile]] = {
-    "half": (RowsTile(16, 64, 8, 3), RowsTile(32, 64, 8, 3)),
+    "half": (RowsTile(16, 64, 8, 3), RowsTile(32, 32, 8, 4)),
     "tf32": (RowsTile(16, 32, 8, 3), RowsTile(32, 32, 8, 3)),
     "ieee": (RowsTile(16, 16, 8, 3), RowsTile(32, 16, 16, 3)),
 }
@@ -61,9 +61,9 @@ WEIGHTS_TILES: dict[str, WeightsTile] = {
 }
 # The persistent form has one number of warps for both phases.
 PERSISTENT_TILES: dict[str, tuple[RowsTile, WeightsTile]] = {
-    "half": (RowsTile(16, 32, 8, 3), WeightsTile(32, 64, 64, 8, 3)),
+    "half": (RowsTile(16, 32, 8, 3), WeightsTile(32, 64, 32, 8, 3)),
     "tf32": (RowsTile(16, 16, 8, 3), WeightsTile(32, 64, 32, 8, 3)),
-    "ieee": (RowsTile(16, 16, 8, 3), WeightsTile(32, 64, 16, 8, 3)),
+    "ieee": (RowsTile(16, 16, 8, 2), WeightsTile(32, 64, 16, 8, 2)),
 }
 
 

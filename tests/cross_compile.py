@@ -35,6 +35,8 @@ from fusedmlp.kernels.step import (
     PERSISTENT_TILES,
     ROWS_TILES,
     WEIGHTS_TILES,
+    RowsTile,
+    WeightsTile,
     _step_rows_kernel,
     _step_weights_kernel,
     _steps_kernel,
@@ -52,7 +54,7 @@ class Spec(NamedTuple):
     kernel: Any
     arguments: dict[str, Any]
     kind: str | None = None
-    tile: Tile | None = None
+    tile: Tile | RowsTile | WeightsTile | None = None
 
 
 # What of an irregular product is not a multiple of 16, as Triton sees it: everything, or one odd size and
@@ -291,6 +293,9 @@ def build(spec: Spec, arch: int) -> dict[str, Any]:
     stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     if not used or not stack:
         raise SystemExit(f"ptxas said nothing about {spec.name}:\n{report}")
+    table_says = 16 * 1024 if spec.tile is None else None  # the training step's tiles say nothing of it
+    if isinstance(spec.tile, Tile):
+        table_says = spec.tile.shared_memory(ITEMSIZE[spec.kind or ""])
     return {
         "name": spec.name,
         "kind": spec.kind,
@@ -299,7 +304,7 @@ def build(spec: Spec, arch: int) -> dict[str, Any]:
         "spills": int(stack[2]) + int(stack[3]),
         "serialised": re.findall(r"C751[0-6]", report),
         "shared_memory": compiled.metadata.shared,
-        "table_says": spec.tile.shared_memory(ITEMSIZE[spec.kind or ""]) if spec.tile else 16 * 1024,
+        "table_says": table_says,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
         "instructions": disassemble(compiled.asm["cubin"]),
     }
