@@ -44,7 +44,9 @@ class Epoch:
 
         generator = torch.Generator().manual_seed(0)
         self.batch, self.kind, self.steps = batch, kind, -(-rows // batch)
-        self.images = torch.randint(0, 256, (rows, widths[0]), dtype=torch.uint8, generator=generator).to(device)
+        self.images = torch.randint(0, 256, (rows, widths[0]), dtype=torch.uint8, generator=generator).to(
+            device
+        )
         self.labels = torch.randint(0, widths[-1], (rows,), generator=generator).to(device)
         self.order = torch.randperm(rows, generator=generator).to(device)
         torch.manual_seed(0)
@@ -104,8 +106,8 @@ class Epoch:
         step.refresh_copies(self.parameters)
         for i, first, rows in self.batches():
             step.train_step(
-                self.images, self.order, first, rows, self.labels, self.parameters, self.network, self.numbers,
-                self.losses, i, self.workspace, 1 / 255, overlap,
+                self.images, self.order, first, rows, self.labels, self.parameters, self.network,
+                self.numbers, self.losses, i, self.workspace, 1 / 255, overlap,
             )  # fmt: skip
 
     def by_one_launch(self) -> None:
@@ -113,8 +115,8 @@ class Epoch:
 
         step.refresh_copies(self.parameters)
         step.train_steps(
-            self.images, self.order, 0, len(self.order), self.batch, self.labels, self.parameters, self.network,
-            self.numbers, self.losses, self.workspace, 1 / 255,
+            self.images, self.order, 0, len(self.order), self.batch, self.labels, self.parameters,
+            self.network, self.numbers, self.losses, self.workspace, 1 / 255,
         )  # fmt: skip
 
     def exact(self) -> torch.Tensor:
@@ -125,7 +127,9 @@ class Epoch:
         losses = []
         for _, first, rows in list(self.batches())[:CHECKED_STEPS]:
             index = self.order[first : first + rows]
-            loss = torch.nn.functional.cross_entropy(model(self.images[index].double() / 255), self.labels[index])
+            loss = torch.nn.functional.cross_entropy(
+                model(self.images[index].double() / 255), self.labels[index]
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -203,8 +207,17 @@ def measure(
 
 def step_ladder(dry: bool = False, repeats: int = 20) -> Iterator[dict[str, Any]]:
     """Every form at several batch sizes, in every arithmetic, on 50 steps."""
-    forms = ("torch", "torch, graph", "two launches", "two launches, graph", "overlapping, graph", "persistent")
-    for kind, batch in [(kind, batch) for kind in KINDS for batch in ((24,) if dry else (128, 512, 1024, 4096))]:
+    forms = (
+        "torch",
+        "torch, graph",
+        "two launches",
+        "two launches, graph",
+        "overlapping, graph",
+        "persistent",
+    )
+    for kind, batch in [
+        (kind, batch) for kind in KINDS for batch in ((24,) if dry else (128, 512, 1024, 4096))
+    ]:
         yield from measure("step ladder", small_or_mnist(dry, 50 * batch, batch, kind), forms, repeats, dry)
 
 
@@ -259,7 +272,9 @@ def main() -> None:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "Triton's interpreter"
         about = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "dry_run": dry}
         about["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        arguments.output.write_text(json.dumps(about | {"results": results}, indent=1) + "\n", encoding="utf-8")
+        arguments.output.write_text(
+            json.dumps(about | {"results": results}, indent=1) + "\n", encoding="utf-8"
+        )
     if any("problem" in result for result in results):
         sys.exit(1)
 

@@ -12,11 +12,11 @@ from fusedmlp._recipe import Recipe
 
 
 def why_not(
-    recipe: Recipe, x: torch.Tensor, y: torch.Tensor, rows: int, dtype: torch.dtype | None
+    recipe: Recipe, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype | None, rows: int | None = None
 ) -> str | None:
-    """None if a step with products in ``dtype`` on ``rows`` of the rows of x and y is right, else the reason.
+    """None if a step on x and y, or on so many ``rows`` of them, is right, else the reason.
 
-    dtype: None is the model's. x may be uint8, which stands for 0 to 1.
+    dtype: of the products; None is the model's. With ``rows``, x may be uint8, which stands for 0 to 1.
     """
     if (reason := _dispatch.why_no_kernels(x)) is not None:
         return reason
@@ -25,7 +25,7 @@ def why_not(
         return "x, y and the model are not all on one device"
     if weight.dtype is not torch.float32:
         return f"the parameters are {weight.dtype}, and the two-launch step keeps them in float32"
-    if x.dtype not in (torch.float32, torch.uint8):
+    if x.dtype is not torch.float32 and (rows is None or x.dtype is not torch.uint8):
         return f"x is {x.dtype}; the two-launch step reads float32"
     if x.requires_grad or y.requires_grad:
         return "x or y requires grad"
@@ -42,6 +42,7 @@ def why_not(
     tensors = [*recipe.parameters, *(t for state in recipe.states for t in _moments_of(state))]
     if any(tensor.data_ptr() % 16 for tensor in tensors):
         return "a parameter or its state does not begin at a multiple of 16 bytes"
+    rows = count if rows is None else rows
     return _why_not_update(recipe) or _kernels().why_no_step(_widths_of(recipe), rows, dtype or weight.dtype)
 
 
@@ -64,6 +65,9 @@ class TwoLaunches:
 
     def __init__(self) -> None:
         self._made: Any = None  # for which sizes the memory is
+        self._workspace: Any = None
+        self._order = self._losses = self._numbers = torch.empty(0)
+        self._sent: torch.Tensor | None = None  # to numbers
         self._ran: Any = None  # what an epoch has run, launch by launch
         self._captured: Any = None  # what the graph holds
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -186,7 +190,9 @@ def _widths_of(recipe: Recipe) -> tuple[int, ...]:
 
 
 def _moments_of(state: dict[str, Any]) -> list[torch.Tensor]:
-    return [state[name] for name in ("momentum_buffer", "exp_avg", "exp_avg_sq") if state.get(name) is not None]
+    return [
+        state[name] for name in ("momentum_buffer", "exp_avg", "exp_avg_sq") if state.get(name) is not None
+    ]
 
 
 def _parameters_of(recipe: Recipe, copies: tuple[torch.Tensor | None, ...]) -> Any:

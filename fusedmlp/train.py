@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusedmlp import _direct
+from fusedmlp import _direct, _dispatch, _two_launches
 from fusedmlp._recipe import NO_STATE, Recipe, recipe_of, why_watched
 
 LossFunction = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -53,9 +53,15 @@ class TrainStep:
         self.clip_grad_norm, self.accumulate = clip_grad_norm, accumulate
         self.scaler, self.compute_dtype = scaler, compute_dtype
         self._accumulated = 0  # calls whose gradients wait in .grad
+        self._two_launches = _two_launches.TwoLaunches()
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The loss of this batch, detached, after which the model is trained by it."""
+        recipe = self._recipe_for_two_launches(x, y)
+        if not isinstance(recipe, str):
+            loss = self._two_launches.step(recipe, x, y, self.compute_dtype)
+            self._tell_scheduler()
+            return loss
         recipe = self._recipe_for_direct(x, y)
         if isinstance(recipe, str):
             return self._ordinary(x, y)
@@ -72,17 +78,45 @@ class TrainStep:
             compute_dtype=self._compute_dtype(x),
         )
         self._accumulated = 0 if last else self._accumulated + 1
-        if last and "step" in vars(self.optimizer):  # a scheduler asks whether the optimizer has stepped
-            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        if last:
+            self._tell_scheduler()
         return loss
+
+    def _tell_scheduler(self) -> None:
+        """It asks whether the optimizer has stepped."""
+        if "step" in vars(self.optimizer):
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def explain(self, x: torch.Tensor, y: torch.Tensor) -> str:
         """Which route a step with this batch takes, and why no faster one. Nothing is run."""
+        recipe = self._recipe_for_two_launches(x, y)
+        if not isinstance(recipe, str):
+            return "Two launches: all rows forward and backward, then all weights with their update."
+        if x.is_cuda or _dispatch.forced():
+            text = f"Ordinary: zero_grad, forward, loss, backward, step. Not in two launches: {recipe}."
+            return text + (" In two launches from the next step on." if recipe is NO_STATE else "")
         recipe = self._recipe_for_direct(x, y)
         if not isinstance(recipe, str):
             return "Direct: forward, loss, backward and update in ATen calls, without autograd."
         text = f"Ordinary: zero_grad, forward, loss, backward, step. Not direct: {recipe}."
         return text + (" Direct from the next step on." if recipe is NO_STATE else "")
+
+    def _recipe_for_two_launches(
+        self, x: torch.Tensor, y: torch.Tensor, rows: int | None = None
+    ) -> Recipe | str:
+        """What the step in two launches needs, or why not that. rows: of a batch out of x and y."""
+        if not (x.is_cuda or _dispatch.forced()):
+            return "x is not on a CUDA device"
+        if self.scaler is not None:
+            return "a GradScaler is given"
+        if self.clip_grad_norm is not None or self.accumulate > 1:
+            return "gradients are clipped or accumulated"
+        if (reason := why_watched(x.device.type, forced=True)) is not None:
+            return reason
+        recipe = recipe_of(self.model, self.loss_fn, self.optimizer)
+        if isinstance(recipe, str):
+            return recipe
+        return _two_launches.why_not(recipe, x, y, self.compute_dtype, rows) or recipe
 
     def _recipe_for_direct(self, x: torch.Tensor, y: torch.Tensor) -> Recipe | str:
         """What the step without autograd needs, or why not that."""
@@ -126,16 +160,25 @@ class TrainStep:
             raise ValueError(f"batch_size is 1 or more, got {batch_size!r}")
         order = torch.randperm(count, generator=generator, device=images.device)
         stop = count - count % batch_size if drop_last else count
-        flat = images.flatten(1) if _wants_flat(self.model, images.shape) else images
+        images = images.flatten(1) if _wants_flat(self.model, images.shape) else images
         dtype = next((p.dtype for p in self.model.parameters()), torch.get_default_dtype())
         losses = []
         for start in range(0, stop, batch_size):
+            if start <= batch_size:  # the first step makes the optimizer's state, which the others count on
+                recipe = self._recipe_for_two_launches(images, labels, min(batch_size, stop))
+                if not isinstance(recipe, str):
+                    rest = order[start:stop]
+                    losses.append(
+                        self._two_launches.epoch(recipe, images, labels, rest, batch_size, self.compute_dtype)
+                    )
+                    self._tell_scheduler()
+                    break
             rows = order[start : start + batch_size]
-            x = flat.index_select(0, rows)
+            x = images.index_select(0, rows)
             if not x.is_floating_point():
                 x = x.to(dtype).div_(255)
-            losses.append(self(x, labels.index_select(0, rows)))
-        all_losses = torch.stack(losses) if losses else torch.empty(0, dtype=dtype, device=images.device)
+            losses.append(self(x, labels.index_select(0, rows)).reshape(1))
+        all_losses = torch.cat(losses) if losses else torch.empty(0, dtype=dtype, device=images.device)
         _warn_of_not_finite(all_losses)
         return all_losses
 

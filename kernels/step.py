@@ -21,8 +21,6 @@ from .step_weights import NUMBERS, weights_of_step
 
 WIDEST = 256  # outputs of a layer: a program holds a row of them
 DEEPEST = 9  # layers
-DEEPEST_PERSISTENT = 4  # in the persistent form, which has fewer registers for them
-MOST_STEPS = 2**14  # in one launch: a barrier counts programs, two times a step, in 32 bits
 
 COLUMNS: int = NUMBERS.value
 
@@ -63,7 +61,7 @@ WEIGHTS_TILES: dict[str, WeightsTile] = {
 PERSISTENT_TILES: dict[str, tuple[RowsTile, WeightsTile]] = {
     "half": (RowsTile(16, 32, 8, 3), WeightsTile(32, 64, 32, 8, 3)),
     "tf32": (RowsTile(16, 16, 8, 3), WeightsTile(32, 64, 32, 8, 3)),
-    "ieee": (RowsTile(16, 16, 8, 2), WeightsTile(32, 64, 16, 8, 2)),
+    "ieee": (RowsTile(16, 16, 8, 3), WeightsTile(32, 32, 16, 8, 3)),
 }
 
 
@@ -73,7 +71,9 @@ class Parameters(NamedTuple):
     weights: tuple[torch.Tensor, ...]  # (N, K)
     biases: tuple[torch.Tensor, ...]  # (N,)
     copies: tuple[torch.Tensor | None, ...]  # of the weights, in the dtype of products; None for float32
-    weight_moments: tuple[torch.Tensor | None, ...]  # momentum_buffer or exp_avg; None for SGD without momentum
+    weight_moments: tuple[
+        torch.Tensor | None, ...
+    ]  # momentum_buffer or exp_avg; None for SGD without momentum
     bias_moments: tuple[torch.Tensor | None, ...]
     weight_squares: tuple[torch.Tensor | None, ...]  # exp_avg_sq; None for SGD
     bias_squares: tuple[torch.Tensor | None, ...]
@@ -119,9 +119,16 @@ def why_no_step(widths: Sequence[int], rows: int, dtype: torch.dtype) -> str | N
     return None
 
 
-def workspace_for(
-    widths: Sequence[int], rows: int, dtype: torch.dtype, device: torch.device
-) -> Workspace:
+def why_not_persistent(widths: Sequence[int]) -> str | None:
+    """None if train_steps is right where train_step is, else the reason: it has fewer registers to spare."""
+    if len(widths) > 5:
+        return f"there are {len(widths) - 1} layers, and the persistent form is made for 4 at most"
+    if any(width % 16 for width in widths[:-1]):
+        return "the persistent form is made for inputs and hidden layers of a multiple of 16"
+    return None
+
+
+def workspace_for(widths: Sequence[int], rows: int, dtype: torch.dtype, device: torch.device) -> Workspace:
     """Memory for steps of at most so many rows with products in ``dtype``."""
 
     def room(width: int) -> torch.Tensor:
@@ -194,7 +201,8 @@ def _step_rows_kernel(
 
 @triton.jit(do_not_specialize=["first", "rows", "tiles", "step"])
 def _step_weights_kernel(
-    first, rows, tiles, step, x_ptr, index_ptr, parameters, hidden, grads, partials_ptr, numbers_ptr, losses_ptr, scale,
+    first, rows, tiles, step, x_ptr, index_ptr, parameters, hidden, grads, partials_ptr,
+    numbers_ptr, losses_ptr, scale,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, LOSS: tl.constexpr,
     OPTIMIZER: tl.constexpr, NESTEROV: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -235,7 +243,7 @@ def _steps_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Both phases of every step, with a barrier of all programs after each, which must be running together."""
+    """Both phases of every step, and after each a barrier of all programs, which must run together."""
     programs = tl.num_programs(0)
     goal = 0
     for step in tl.range(0, steps, disable_licm=True):
@@ -315,8 +323,9 @@ def _multiplied(parameters: Parameters) -> tuple[torch.Tensor, ...]:
 
 def refresh_copies(parameters: Parameters) -> None:
     """Round the weights into their copies: whoever else may have changed them has not."""
-    if parameters.copies[0] is not None:
-        torch._foreach_copy_(parameters.copies, parameters.weights)
+    copies = [copy for copy in parameters.copies if copy is not None]  # all or none
+    if copies:
+        torch._foreach_copy_(copies, parameters.weights)
 
 
 def train_step(
@@ -375,7 +384,8 @@ def train_steps(
 ) -> None:
     """A step for each ``batch`` of ``rows`` rows, the last on what is left, in one cooperative launch.
 
-    As train_step step by step, ``losses`` from 0 on; at most MOST_STEPS. It has never run on a GPU.
+    As train_step step by step, ``losses`` from 0 on. The barriers count programs in 32 bits: up to a million
+    steps. It has never run on a GPU.
     """
     kind, upcast = _setting(workspace)
     rows_tile, weights_tile = PERSISTENT_TILES[kind]

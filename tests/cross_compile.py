@@ -31,7 +31,6 @@ from fusedmlp.kernels.grad_input import _grad_input_descriptor_kernel, _grad_inp
 from fusedmlp.kernels.grad_weight import _grad_weights_kernel
 from fusedmlp.kernels.relu_backward import BLOCK_M, BLOCK_N, _relu_backward_kernel
 from fusedmlp.kernels.step import (
-    DEEPEST_PERSISTENT,
     PERSISTENT_TILES,
     ROWS_TILES,
     WEIGHTS_TILES,
@@ -41,6 +40,7 @@ from fusedmlp.kernels.step import (
     _step_weights_kernel,
     _steps_kernel,
     block_of,
+    why_not_persistent,
 )
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -159,25 +159,32 @@ NETWORKS = {
     "mnist": ((784, 256, 128, 10), "cross_entropy", "adamw", "u8"),
     "widest": ((784, *[256] * 8, 256), "cross_entropy", "sgd", "fp16"),
     "odd": ((51, 201, 33, 7), "mse", "adam", "fp32"),
+    "even": ((64, 208, 48, 7), "mse", "adam", "fp32"),
 }
 
 
 def training_steps(which: str) -> Iterator[Spec]:
     """The training step's phases, and both of them in one launch."""
-    kernel = {"step_rows": _step_rows_kernel, "step_weights": _step_weights_kernel, "steps": _steps_kernel}[which]
+    kernel = {"step_rows": _step_rows_kernel, "step_weights": _step_weights_kernel, "steps": _steps_kernel}[
+        which
+    ]
     for (name, (widths, loss, optimizer, x)), (kind, dtypes) in itertools.product(
         NETWORKS.items(), DTYPES.items()
     ):
         layers = len(widths) - 1
         if which == "steps":
-            if layers > DEEPEST_PERSISTENT:
+            if why_not_persistent(widths) is not None:
                 continue
             tiles = [PERSISTENT_TILES[kind]]
         else:
             tiles = [(tile, WEIGHTS_TILES[kind]) for tile in ROWS_TILES[kind]]
+            if name == "even":  # for the persistent form, which does without the odd
+                continue
         if which == "step_weights":
             tiles = tiles[:1]
-        for (rows_tile, weights_tile), dtype in itertools.product(tiles, dtypes if name == "mnist" else dtypes[:1]):
+        for (rows_tile, weights_tile), dtype in itertools.product(
+            tiles, dtypes if name == "mnist" else dtypes[:1]
+        ):
             tile = rows_tile if which == "step_rows" else weights_tile
             stored, master = (f"*{dtype}:16",) * layers, ("*fp32:16",) * layers
             copies = stored if kind == "half" else (None,) * layers

@@ -54,7 +54,10 @@ def problems(build: dict[str, Any], arch: int) -> list[str]:
 
 @pytest.mark.parametrize(
     ("kernel", "arch"),
-    [*itertools.product(KERNELS + STEPS, (80, 90, 100)), *itertools.product(["grad_input_descriptor"], (90, 100))],
+    [
+        *itertools.product(KERNELS + STEPS, (80, 90, 100)),
+        *itertools.product(["grad_input_descriptor"], (90, 100)),
+    ],
 )
 def test_machine_code(kernel: str, arch: int) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
