@@ -152,11 +152,14 @@ def graph_of(run: Callable[[], None]) -> Callable[[], None]:
 
 def forms_of(epoch: Epoch, wanted: tuple[str, ...]) -> dict[str, Callable[[], Callable[[], None]]]:
     """What makes each form, ready to run."""
+    from fusedmlp.kernels.step import why_not_persistent
+
     all_forms: dict[str, Callable[[], Callable[[], None]]] = {
         "torch": lambda: epoch.by_torch,
         "two launches": lambda: epoch.by_two_launches,
-        "persistent": lambda: epoch.by_one_launch,
     }
+    if why_not_persistent(epoch.network.widths, epoch.dtype) is None:
+        all_forms["persistent"] = lambda: epoch.by_one_launch
     if epoch.images.is_cuda:
         all_forms["torch, graph"] = lambda: graph_of(epoch.by_torch)
         all_forms["two launches, graph"] = lambda: graph_of(epoch.by_two_launches)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch.optim.adam import adam
-from torch.optim.sgd import sgd
 
 from fusedmlp._recipe import Recipe
 
@@ -74,13 +73,8 @@ def run(
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad = None
-        # Plain SGD lets go of each gradient as soon as it is made.
-        at_once = (
-            recipe.update == "sgd"
-            and accumulate == 1
-            and clip_grad_norm is None
-            and all(group["momentum"] == 0 for group in recipe.groups)
-        )
+        # SGD uses each gradient as soon as it is made, which takes less memory and finds it in the cache.
+        at_once = recipe.update == "sgd" and accumulate == 1 and clip_grad_norm is None
         weights: list[torch.Tensor] = list(recipe.weights)
         if compute_dtype is not None:
             weights = [weight.to(compute_dtype) for weight in weights]
@@ -88,10 +82,9 @@ def run(
         if x.dtype is torch.float32 and compute_dtype is None and torch._C._get_mkldnn_enabled():
             onednn = _onednn()
         x = (x.flatten(1) if recipe.flatten else x).to(compute_dtype or x.dtype)
-        inputs, output = _forward(recipe, weights, x, onednn)
-        loss, grad_output = _loss(recipe, output, y, 1 / accumulate)
-        del output
-        grads = _backward(recipe, weights, inputs, grad_output, at_once, onednn)
+        tensors = _forward(recipe, weights, x, onednn)
+        loss, tensors[-1] = _loss(recipe, tensors[-1], y, 1 / accumulate)
+        grads = _backward(recipe, weights, tensors, at_once, onednn)
         if at_once:
             return loss
         if accumulate > 1 or clip_grad_norm is not None:
@@ -111,113 +104,117 @@ def run(
     return loss
 
 
-def _forward(
-    recipe: Recipe, weights: list[torch.Tensor], x: torch.Tensor, onednn: Any
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+def _forward(recipe: Recipe, weights: list[torch.Tensor], x: torch.Tensor, onednn: Any) -> list[torch.Tensor]:
     """What goes into each layer, and what comes out of the last."""
-    inputs = [x]
-    for weight, bias in zip(weights[:-1], recipe.biases[:-1], strict=True):
-        inputs.append(_linear(inputs[-1], weight, bias, onednn).relu_())
-    return inputs, _linear(inputs[-1], weights[-1], recipe.biases[-1], onednn)
+    tensors = [x]
+    for weight, bias in zip(weights, recipe.biases, strict=True):
+        if len(tensors) > 1:
+            tensors[-1].relu_()
+        tensors.append(_linear(tensors[-1], weight, bias, onednn))
+    return tensors
 
 
-def _loss(
-    recipe: Recipe, output: torch.Tensor, y: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss(recipe: Recipe, output: torch.Tensor, y: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
     """The loss, and its gradient with regard to the output, times scale."""
     output = output.to(recipe.weights[0].dtype)
-    one = output.new_full((), scale)
+    scaled = output.new_full((), scale)
     if recipe.loss == "mse":
-        return _mse_loss(output, y, _MEAN), _mse_loss_backward(one, output, y, _MEAN)
+        return _mse_loss(output, y, _MEAN), _mse_loss_backward(scaled, output, y, _MEAN)
     log_softmax = torch.log_softmax(output, 1)
     loss, total = _nll_loss(log_softmax, y, None, _MEAN, _IGNORE_INDEX)
-    grad = _nll_loss_backward(one, log_softmax, y, None, _MEAN, _IGNORE_INDEX, total)
+    grad = _nll_loss_backward(scaled, log_softmax, y, None, _MEAN, _IGNORE_INDEX, total)
     return loss, _log_softmax_backward(grad, log_softmax, 1, log_softmax.dtype)
 
 
 def _backward(
     recipe: Recipe,
     weights: list[torch.Tensor],
-    inputs: list[torch.Tensor],
-    grad_output: torch.Tensor,
+    tensors: list[torch.Tensor],
     at_once: bool,
     onednn: Any,
 ) -> list[torch.Tensor]:
-    """The gradients of the parameters; none if at once each was subtracted from its parameter."""
+    """The gradients of the parameters; none if at once each was subtracted from its parameter.
+
+    tensors: the inputs of all layers, and the gradient of the last one's output. They are let go of on the
+    way, so that a step takes no more memory than autograd's.
+    """
     grads: list[torch.Tensor] = []
-    groups = iter(reversed(recipe.groups))
+    rest = zip(reversed(recipe.groups), reversed(recipe.states), strict=True)
     for i in range(len(weights) - 1, -1, -1):
-        x, weight, bias = inputs.pop(), recipe.weights[i], recipe.biases[i]
-        # Before the cast, and in float32.
-        grad_bias = None if bias is None else grad_output.sum(0, dtype=weight.dtype)
-        grad_output = grad_output.to(x.dtype)
-        grad_input = None
-        if i > 0:  # before the weight changes
-            grad_input = _grad_input(grad_output, weights[i], onednn)
-            _threshold_backward(grad_input, x, 0, grad_input=grad_input)
-        if at_once:
-            if bias is not None:
-                _descend(bias, grad_bias, next(groups))
-            _descend_by_product(weight, grad_output, x, next(groups), onednn)
-        else:
-            if grad_bias is not None:
+        grad_output, x = tensors.pop(), tensors.pop()
+        weight, bias, cast = recipe.weights[i], recipe.biases[i], weights.pop()
+        if bias is not None:
+            grad_bias = grad_output.sum(0, dtype=weight.dtype)  # in float32, before a cast
+            if at_once:
+                _descend(bias, grad_bias, *next(rest))
+            else:
                 grads.append(grad_bias)
-            grads.append(_grad_weight(grad_output, x, onednn).to(weight.dtype))
-        if grad_input is not None:
-            grad_output = grad_input
+        grad_output = grad_output.to(x.dtype)
+        riding = None
+        if at_once:
+            group, state = next(rest)
+            riding = _riding(weight, x, group, onednn)
+        grad_weight = None if riding is not None else _grad_weight(grad_output, x, onednn).to(weight.dtype)
+        if i > 0:  # before the weight changes
+            tensors.append(_grad_input(grad_output, cast, onednn))
+            _threshold_backward(tensors[-1], x, 0, grad_input=tensors[-1])
+        if riding is not None:
+            weight.addmm_(grad_output.t(), x, beta=riding[0], alpha=riding[1])
+        elif at_once:
+            _descend(weight, grad_weight, group, state)  # type: ignore[arg-type]  # it is a tensor here
+        else:
+            grads.append(grad_weight)  # type: ignore[arg-type]
     return grads[::-1]
 
 
-def _descend(parameter: torch.Tensor, grad: torch.Tensor | None, group: dict[str, Any]) -> None:
-    lr, decay = float(group["lr"]), float(group["weight_decay"])
-    if decay != 0:
-        parameter.mul_(1 - lr * decay)
-    parameter.add_(grad, alpha=-lr)  # type: ignore[arg-type]
+def _riding(
+    weight: torch.Tensor, x: torch.Tensor, group: dict[str, Any], onednn: Any
+) -> tuple[float, float] | None:
+    """beta and alpha with which the product that is the gradient updates the weight in the same pass.
+
+    None if it cannot: with momentum it is not the weight that a gradient is added to, oneDNN's product has no such form, and where a factor is 0 BLAS does not look at the
+    NaNs in what it multiplies.
+    """
+    if (
+        group["momentum"] != 0
+        or x.dtype is not weight.dtype
+        or (onednn is not None and x.shape[0] * weight.numel() > _LEAST_FOR_ONEDNN)
+    ):
+        return None
+    lr = float(group["lr"])
+    keep = 1 - lr * float(group["weight_decay"])
+    return (keep, -lr) if lr != 0 and keep != 0 else None
 
 
-def _descend_by_product(
-    weight: torch.Tensor, grad_output: torch.Tensor, x: torch.Tensor, group: dict[str, Any], onednn: Any
+def _descend(
+    parameter: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], state: dict[str, Any]
 ) -> None:
-    """The update in the same pass over the weight as the product, where that is MKL's."""
-    lr, keep = float(group["lr"]), 1 - float(group["lr"]) * float(group["weight_decay"])
-    # Of a factor of 0 BLAS would not look at the NaNs in what it multiplies.
-    by_onednn = onednn is not None and x.shape[0] * weight.numel() > _LEAST_FOR_ONEDNN
-    if lr == 0 or keep == 0 or x.dtype is not weight.dtype or by_onednn:
-        _descend(weight, _grad_weight(grad_output, x, onednn), group)
-    else:
-        weight.addmm_(grad_output.t(), x, beta=keep, alpha=-lr)
+    """SGD's step, PyTorch's formula. The gradient is written to."""
+    lr, momentum, decay = float(group["lr"]), float(group["momentum"]), float(group["weight_decay"])
+    if decay != 0:
+        grad.add_(parameter, alpha=decay)
+    if momentum != 0:
+        buffer = state["momentum_buffer"].mul_(momentum).add_(grad, alpha=1 - group["dampening"])
+        grad = grad.add_(buffer, alpha=momentum) if group["nesterov"] else buffer
+    parameter.add_(grad, alpha=-lr)
 
 
 def _update(recipe: Recipe, grads: list[torch.Tensor]) -> None:
-    """By PyTorch's own formulas, a group of parameters at a time."""
+    """By all gradients; of Adam by PyTorch's own function, a group of parameters at a time."""
+    if recipe.update == "sgd":
+        for each in zip(recipe.parameters, grads, recipe.groups, recipe.states, strict=True):
+            _descend(*each)
+        return
     members: dict[int, list[int]] = {}
     for i, group in enumerate(recipe.groups):
         members.setdefault(id(group), []).append(i)
     for indices in members.values():
         group = recipe.groups[indices[0]]
-        parameters = [recipe.parameters[i] for i in indices]
         states = [recipe.states[i] for i in indices]
-        own = [grads[i] for i in indices]
-        lr, decay = float(group["lr"]), float(group["weight_decay"])
-        if recipe.update == "sgd":
-            momentum = group["momentum"]
-            sgd(
-                parameters,  # type: ignore[arg-type]
-                own,
-                [state["momentum_buffer"] if momentum != 0 else None for state in states],
-                fused=True,
-                weight_decay=decay,
-                momentum=momentum,
-                lr=lr,
-                dampening=group["dampening"],
-                nesterov=group["nesterov"],
-                maximize=False,
-            )
-            continue
         beta1, beta2 = group["betas"]
         adam(
-            parameters,  # type: ignore[arg-type]
-            own,
+            [recipe.parameters[i] for i in indices],
+            [grads[i] for i in indices],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -227,9 +224,9 @@ def _update(recipe: Recipe, grads: list[torch.Tensor]) -> None:
             amsgrad=False,
             beta1=float(beta1),
             beta2=float(beta2),
-            lr=lr,
-            weight_decay=decay,
-            eps=group["eps"],
+            lr=float(group["lr"]),
+            weight_decay=float(group["weight_decay"]),
+            eps=float(group["eps"]),
             maximize=False,
         )
 

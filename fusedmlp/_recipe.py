@@ -111,6 +111,8 @@ def why_watched(device_type: str, forced: bool = False) -> str | None:
         return "a TorchDispatchMode or TorchFunctionMode is active"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a torch.func transform or forward-mode differentiation is active"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "a hook on saved tensors is in force"
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
     return None

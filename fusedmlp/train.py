@@ -1,6 +1,7 @@
 """``TrainStep``: forward, loss, backward and update as one call, on the fastest route that is right."""
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,7 @@ class TrainStep:
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.clip_grad_norm, self.accumulate = clip_grad_norm, accumulate
         self.scaler, self.compute_dtype = scaler, compute_dtype
+        self._warned = False
         self._accumulated = 0  # calls whose gradients wait in .grad
         self._two_launches = _two_launches.TwoLaunches()
 
@@ -96,10 +98,16 @@ class TrainStep:
             text = f"Ordinary: zero_grad, forward, loss, backward, step. Not in two launches: {recipe}."
             return text + (" In two launches from the next step on." if recipe is NO_STATE else "")
         recipe = self._recipe_for_direct(x, y)
-        if not isinstance(recipe, str):
-            return "Direct: forward, loss, backward and update in ATen calls, without autograd."
-        text = f"Ordinary: zero_grad, forward, loss, backward, step. Not direct: {recipe}."
-        return text + (" Direct from the next step on." if recipe is NO_STATE else "")
+        if isinstance(recipe, str):
+            parts = ["Ordinary: zero_grad, forward, loss, backward, step.", f"Not direct: {recipe}."]
+            if recipe is NO_STATE:
+                parts.append("Direct from the next step on.")
+        else:
+            parts = ["Direct: forward, loss, backward and update in ATen calls, without autograd."]
+        if self.compute_dtype is not None:
+            reason = self._why_not_compute_dtype(x)
+            parts.append("Products in bfloat16." if reason is None else f"Not in bfloat16: {reason}.")
+        return " ".join(parts)
 
     def _recipe_for_two_launches(
         self, x: torch.Tensor, y: torch.Tensor, rows: int | None = None
@@ -135,9 +143,21 @@ class TrainStep:
 
     def _compute_dtype(self, x: torch.Tensor) -> torch.dtype | None:
         """In which the products are computed, if not the model's."""
-        if self.compute_dtype is None or (x.is_cpu and _direct.why_not_bfloat16() is not None):
+        if self.compute_dtype is None:
             return None
-        return self.compute_dtype
+        reason = self._why_not_compute_dtype(x)
+        if reason is None:
+            return self.compute_dtype
+        if not self._warned:
+            self._warned = True
+            level = 1  # of the first caller who is not of this module
+            while sys._getframe(level).f_globals is globals():
+                level += 1
+            warnings.warn(f"computed in the model's dtype: {reason}", stacklevel=level + 1)
+        return None
+
+    def _why_not_compute_dtype(self, x: torch.Tensor) -> str | None:
+        return _direct.why_not_bfloat16() if x.is_cpu else None
 
     def epoch(
         self,
@@ -149,38 +169,54 @@ class TrainStep:
     ) -> torch.Tensor:
         """Train on all rows once, in random order; the losses of the steps, detached, in their order.
 
-        images ``(n, ...)``: uint8, which become 0 to 1 in the model's dtype, or floating, taken as they are;
+        images ``(n, ...)``: uint8, which become 0 to 1 in the model's dtype, anything else taken as it is;
         flattened to ``(batch, features)`` if the model begins with a Linear that takes so many features.
-        labels ``(n, ...)``. Every batch lies in the same memory. A loss that is not finite is warned of.
+        labels ``(n, ...)``. The order is ``torch.randperm(n, generator=generator)`` on the images' device.
+        Every batch lies in the same memory: a model that keeps its input finds the next batch in it. Warns
+        of the first loss that is not finite, once the epoch is over.
+
+        >>> losses = step.epoch(images, labels, batch_size=64)
         """
-        count = images.shape[0]
-        if labels.shape[0] != count:
-            raise ValueError(f"{count} images, but {labels.shape[0]} labels")
+        count = len(images)
+        if len(labels) != count:
+            raise ValueError(f"{count} images, but {len(labels)} labels")
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, got {batch_size!r}")
         order = torch.randperm(count, generator=generator, device=images.device)
-        stop = count - count % batch_size if drop_last else count
         images = images.flatten(1) if _wants_flat(self.model, images.shape) else images
-        dtype = next((p.dtype for p in self.model.parameters()), torch.get_default_dtype())
+        dtype = images.dtype
+        if dtype is torch.uint8:
+            dtypes = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+            dtype = next(dtypes, torch.get_default_dtype())
+        size = min(batch_size, count)
+        batch = torch.empty((size, *images.shape[1:]), dtype=dtype, device=images.device)
+        pixels = batch if dtype is images.dtype else torch.empty_like(batch, dtype=images.dtype)
+        targets = labels.new_empty((size, *labels.shape[1:]))
         losses = []
+        stop = count - count % batch_size if drop_last else count
         for start in range(0, stop, batch_size):
             if start <= batch_size:  # the first step makes the optimizer's state, which the others count on
-                recipe = self._recipe_for_two_launches(images, labels, min(batch_size, stop))
+                recipe = self._recipe_for_two_launches(images, labels, size)
                 if not isinstance(recipe, str):
                     rest = order[start:stop]
                     losses.append(
-                        self._two_launches.epoch(recipe, images, labels, rest, batch_size, self.compute_dtype)
+                        self._two_launches.epoch(recipe, images, labels, rest, size, self.compute_dtype)
                     )
                     self._tell_scheduler()
                     break
             rows = order[start : start + batch_size]
-            x = images.index_select(0, rows)
-            if not x.is_floating_point():
-                x = x.to(dtype).div_(255)
-            losses.append(self(x, labels.index_select(0, rows)).reshape(1))
-        all_losses = torch.cat(losses) if losses else torch.empty(0, dtype=dtype, device=images.device)
-        _warn_of_not_finite(all_losses)
-        return all_losses
+            x, y = batch[: len(rows)], targets[: len(rows)]
+            with torch.no_grad():
+                torch.index_select(images, 0, rows, out=pixels[: len(rows)])
+                torch.index_select(labels, 0, rows, out=y)
+                if pixels is not batch:
+                    x.copy_(pixels[: len(rows)]).div_(255)
+            losses.append(self(x, y).reshape(1))
+        if not losses:
+            return torch.empty(0, device=images.device)
+        together = torch.cat(losses)
+        _warn_of_not_finite(together)
+        return together
 
     def _ordinary(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if self._accumulated == 0:
@@ -228,5 +264,5 @@ def _warn_of_not_finite(losses: torch.Tensor) -> None:
     finite = losses.isfinite()
     if not finite.all():
         step = int(finite.int().argmin())
-        text = f"the loss of step {step} of this epoch, of {len(losses)} from 0, is {losses[step].item()}"
+        text = f"the loss is {losses[step].item()} at step {step} of this epoch, of 0 to {len(losses) - 1}"
         warnings.warn(text, RuntimeWarning, stacklevel=3)

@@ -40,13 +40,13 @@ class WeightsTile(NamedTuple):
     num_stages: int
 
 
-# The first for few rows, where more programs are at work; the second for many, where each reads the weights
+# The first for few rows, where more programs are at work; the last for many, where each reads the weights
 # for more rows. 64 rows would be wgmma's on sm_90, which ptxas then serialises for some networks. Every entry
 # is compiled for sm_80, sm_90 and sm_100 by tests/test_codegen.py. None has been timed yet.
-ROWS_TILES: dict[str, tuple[RowsTile, RowsTile]] = {
+ROWS_TILES: dict[str, tuple[RowsTile, ...]] = {
     "half": (RowsTile(16, 64, 8, 3), RowsTile(32, 32, 8, 4)),
     "tf32": (RowsTile(16, 32, 8, 3), RowsTile(32, 32, 8, 3)),
-    "ieee": (RowsTile(16, 16, 8, 3), RowsTile(32, 16, 16, 3)),
+    "ieee": (RowsTile(16, 16, 8, 3),),
 }
 MANY_ROWS = 2048
 MOST_ROWS = 8192  # of a step: a program of the second phase reads them one after the other
@@ -57,11 +57,10 @@ WEIGHTS_TILES: dict[str, WeightsTile] = {
     "tf32": WeightsTile(32, 64, 32, 4, 3),
     "ieee": WeightsTile(32, 64, 16, 4, 3),
 }
-# The persistent form has one number of warps for both phases.
+# The persistent form has one number of warps for both phases, and too few registers for IEEE float32.
 PERSISTENT_TILES: dict[str, tuple[RowsTile, WeightsTile]] = {
     "half": (RowsTile(16, 32, 8, 3), WeightsTile(32, 64, 32, 8, 3)),
     "tf32": (RowsTile(16, 16, 8, 3), WeightsTile(32, 64, 32, 8, 3)),
-    "ieee": (RowsTile(16, 16, 8, 3), WeightsTile(32, 32, 16, 8, 3)),
 }
 
 
@@ -119,8 +118,10 @@ def why_no_step(widths: Sequence[int], rows: int, dtype: torch.dtype) -> str | N
     return None
 
 
-def why_not_persistent(widths: Sequence[int]) -> str | None:
+def why_not_persistent(widths: Sequence[int], dtype: torch.dtype) -> str | None:
     """None if train_steps is right where train_step is, else the reason: it has fewer registers to spare."""
+    if arithmetic(dtype) not in PERSISTENT_TILES:
+        return "the persistent form computes in TF32, float16 or bfloat16, not in IEEE float32"
     if len(widths) > 5:
         return f"there are {len(widths) - 1} layers, and the persistent form is made for 4 at most"
     if any(width % 16 for width in widths[:-1]):
@@ -283,7 +284,7 @@ def _arithmetic_options(kind: str, upcast: bool) -> dict[str, Any]:
 @functools.lru_cache(256)
 def _plan(network: Network, rows: int, most_rows: int, kind: str, upcast: bool, overlap: bool) -> _Plan:
     # The same tile for a short last batch: one kernel for all steps.
-    rows_tile = ROWS_TILES[kind][most_rows > MANY_ROWS]
+    rows_tile = ROWS_TILES[kind][-1 if most_rows > MANY_ROWS else 0]
     weights_tile = WEIGHTS_TILES[kind]
     shared = _arithmetic_options(kind, upcast) | _sizes(network) | {"OVERLAP": overlap}
     if overlap:

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -173,7 +174,7 @@ def training_steps(which: str) -> Iterator[Spec]:
     ):
         layers = len(widths) - 1
         if which == "steps":
-            if why_not_persistent(widths) is not None:
+            if kind not in PERSISTENT_TILES or why_not_persistent(widths, torch.float16) is not None:
                 continue
             tiles = [PERSISTENT_TILES[kind]]
         else:
@@ -307,6 +308,7 @@ def build(spec: Spec, arch: int) -> dict[str, Any]:
         "name": spec.name,
         "kind": spec.kind,
         "registers": int(used[1]),
+        "threads": 32 * compiled.metadata.num_warps,
         "stack": int(stack[1]),
         "spills": int(stack[2]) + int(stack[3]),
         "serialised": re.findall(r"C751[0-6]", report),

@@ -19,6 +19,7 @@ TENSOR_CORE = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "UTCQMMA")}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SMALLEST_SHARED_MEMORY = 99 * 1024  # sm_86, sm_89, sm_120: nothing that a call takes chooses tiles by chip
 TENSOR_MEMORY_COLUMNS = 512
+REGISTERS = 65536  # of a multiprocessor: a program with more cannot be launched
 KERNELS = ["linear_forward", "grad_input", "grad_weights", "relu_backward"]
 STEPS = ["step_rows", "step_weights", "steps"]  # tiles too small for wgmma and tcgen05: mma on every chip
 
@@ -33,6 +34,8 @@ def problems(build: dict[str, Any], arch: int) -> list[str]:
     wanted = ("FFMA", "FFMA2") if build["kind"] == "ieee" else wanted
     if build["kind"] and not any(instructions.get(name) for name in wanted):
         found.append(f"none of {wanted} in {sorted(instructions)}")
+    if -(-build["registers"] // 8) * 8 * build["threads"] > REGISTERS:
+        found.append(f"{build['registers']} registers for each of {build['threads']} threads")
     if build["spills"]:
         found.append(f"{build['spills']} bytes spilled")
     if build["serialised"]:
