@@ -3,6 +3,8 @@
 Parameters, state and hyper-parameters are read anew at every call.
 """
 
+import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,8 @@ def why_not(
     """
     if (reason := _dispatch.why_no_kernels(x)) is not None:
         return reason
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured, whose replay would read no hyper-parameters"
     weight = recipe.weights[0]
     if type(y) is not torch.Tensor or y.device != x.device or weight.device != x.device:
         return "x, y and the model are not all on one device"
@@ -64,13 +68,15 @@ class TwoLaunches:
     """The memory that the steps of one TrainStep share, and the CUDA graph of its last epoch."""
 
     def __init__(self) -> None:
-        self._made: Any = None  # for which sizes the memory is
+        self._made: Any = None  # for which network the memory is
         self._workspace: Any = None
-        self._order = self._losses = self._numbers = torch.empty(0)
-        self._sent: torch.Tensor | None = None  # to numbers
+        self._order = self._losses = torch.empty(0)
+        # By the number of steps: what the updates multiply by, on the device and as it was sent there.
+        self._numbers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._ran: Any = None  # what an epoch has run, launch by launch
         self._captured: Any = None  # what the graph holds
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._capturable = True
 
     def step(
         self, recipe: Recipe, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype | None
@@ -110,21 +116,33 @@ class TwoLaunches:
                 rows = min(batch_size, len(order) - i * batch_size)
                 run.launch(self._order, i * batch_size, rows, self._losses, i)
 
-        what = run.identity()
-        whole = (what, self._order.data_ptr(), self._losses.data_ptr(), len(order))
-        if not images.is_cuda or what != self._ran:
-            launch_all()
-            self._ran = what
-        else:
-            if whole != self._captured:
-                self._captured, self._graph = None, torch.cuda.CUDAGraph()
-                with torch.cuda.device(images.device), torch.cuda.graph(self._graph):
-                    launch_all()
-                self._captured = whole
-            assert self._graph is not None
+        compiled = (run.identity(), batch_size, len(order) % batch_size)
+        whole = (compiled, self._order.data_ptr(), self._losses.data_ptr(), len(order))
+        replay = images.is_cuda and compiled == self._ran and self._capturable
+        if replay and whole != self._captured:
+            replay = self._capture(launch_all, images.device)
+            self._captured = whole if replay else None
+        if replay and self._graph is not None:
             self._graph.replay()
+        else:
+            launch_all()
+            self._ran = compiled
         _advance(recipe, steps)
         return self._losses.clone()
+
+    def _capture(self, run: Callable[[], None], device: torch.device) -> bool:
+        """Whether the graph holds now what ``run`` launches."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device(device), torch.cuda.graph(graph):
+                run()
+        except RuntimeError as error:
+            text = f"an epoch could not be captured in a CUDA graph, and goes launch by launch: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+            self._capturable = False
+            return False
+        self._graph = graph
+        return True
 
     def _prepared(
         self,
@@ -137,26 +155,25 @@ class TwoLaunches:
     ) -> "_Run":
         """What a step launches, with its hyper-parameters on the device."""
         kernels, device = _kernels(), x.device
-        dtype = dtype or torch.float32
-        sizes = (_widths_of(recipe), rows, dtype, device)
-        if self._made != sizes:
-            self._workspace = kernels.workspace_for(*sizes)
-            self._order, self._losses = torch.empty(0, device=device), torch.empty(0, device=device)
-            self._numbers, self._sent = torch.empty(0, device=device), None
-            self._made, self._ran, self._captured, self._graph = sizes, None, None, None
+        dtype, widths = dtype or torch.float32, _widths_of(recipe)
+        if self._made != (widths, dtype, device) or self._workspace.rows < rows:
+            self._workspace = kernels.workspace_for(widths, rows, dtype, device)
+            self._made, self._ran, self._captured, self._graph = (widths, dtype, device), None, None, None
+            self._order = self._losses = torch.empty(0)
+            self._numbers.clear()
         numbers = _numbers_of(recipe, steps)
-        if self._sent is None or not torch.equal(self._sent, numbers):
-            if self._numbers.shape != numbers.shape:
-                self._numbers = torch.empty_like(numbers, device=device)
+        there, sent = self._numbers.get(steps, (None, None))
+        if there is None or sent is None or not torch.equal(sent, numbers):
+            if there is None:
+                there = torch.empty_like(numbers, device=device)
             # From memory that the copy need not wait for, and that is not written to again.
-            self._numbers.copy_(numbers.pin_memory() if x.is_cuda else numbers, non_blocking=True)
-            self._sent = numbers
-        network = kernels.Network(
-            _widths_of(recipe), recipe.loss, recipe.update, bool(recipe.groups[0].get("nesterov", False))
-        )
+            there.copy_(numbers.pin_memory() if x.is_cuda else numbers, non_blocking=True)
+            self._numbers[steps] = there, numbers
+        nesterov = bool(recipe.groups[0].get("nesterov", False))
+        network = kernels.Network(widths, recipe.loss, recipe.update, nesterov)
         x = x.detach().flatten(1).contiguous()
         parameters = _parameters_of(recipe, self._workspace.copies)
-        return _Run(x, y.detach().contiguous(), parameters, network, self._numbers, self._workspace)
+        return _Run(x, y.detach().contiguous(), parameters, network, there, self._workspace)
 
 
 class _Run(NamedTuple):

@@ -282,9 +282,8 @@ def _arithmetic_options(kind: str, upcast: bool) -> dict[str, Any]:
 
 
 @functools.lru_cache(256)
-def _plan(network: Network, rows: int, most_rows: int, kind: str, upcast: bool, overlap: bool) -> _Plan:
-    # The same tile for a short last batch: one kernel for all steps.
-    rows_tile = ROWS_TILES[kind][-1 if most_rows > MANY_ROWS else 0]
+def _plan(network: Network, rows: int, kind: str, upcast: bool, overlap: bool) -> _Plan:
+    rows_tile = ROWS_TILES[kind][-1 if rows > MANY_ROWS else 0]
     weights_tile = WEIGHTS_TILES[kind]
     shared = _arithmetic_options(kind, upcast) | _sizes(network) | {"OVERLAP": overlap}
     if overlap:
@@ -355,7 +354,7 @@ def train_step(
 
     overlap: with programmatic dependent launch, sm_90 and newer. It has never run on a GPU.
     """
-    plan = _plan(network, rows, workspace.rows, *_setting(workspace), overlap)
+    plan = _plan(network, rows, *_setting(workspace), overlap)
     ws = workspace
     args: tuple[Any, ...] = (
         first, rows, plan.tiles, x, index, target, _multiplied(parameters), parameters.biases,

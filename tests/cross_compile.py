@@ -256,6 +256,12 @@ def specs(which: str) -> Iterator[Spec]:
             yield Spec(f"add_up {dtype} {block_p} at a time", _add_up_kernel, arguments)
     elif which in ("step_rows", "step_weights", "steps"):
         yield from training_steps(which)
+    elif which == "overlapping_step":
+        for phase in ("step_rows", "step_weights"):
+            spec = next(training_steps(phase))
+            yield spec._replace(
+                name=f"step overlapping, {spec.name}", arguments=spec.arguments | {"OVERLAP": True}
+            )
     else:
         raise SystemExit(f"no launcher {which!r}")
 

@@ -59,7 +59,7 @@ def problems(build: dict[str, Any], arch: int) -> list[str]:
     ("kernel", "arch"),
     [
         *itertools.product(KERNELS + STEPS, (80, 90, 100)),
-        *itertools.product(["grad_input_descriptor"], (90, 100)),
+        *itertools.product(["grad_input_descriptor", "overlapping_step"], (90, 100)),
     ],
 )
 def test_machine_code(kernel: str, arch: int) -> None:
