@@ -98,10 +98,11 @@ def test_steps_then_the_ordinary_loop(optimizer: str, loss_fn: Any, device: torc
     assert_same(three)
 
 
-def test_the_learning_rate_is_read_at_every_step(device: torch.device) -> None:
-    three = twins(network(device), OPTIMIZERS["SGD"])
+@pytest.mark.parametrize("optimizer", ["plain SGD", "SGD"])
+def test_the_learning_rate_is_read_at_every_step(optimizer: str, device: torch.device) -> None:
+    three = twins(network(device), OPTIMIZERS[optimizer])
     step = fusedmlp.TrainStep(three[0][0], torch.nn.functional.cross_entropy, three[0][1])
-    schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.3) for _, optimizer in three]
+    schedulers = [torch.optim.lr_scheduler.StepLR(made, 1, gamma=0.3) for _, made in three]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a scheduler warns if it believes that the optimizer has not stepped
         for _ in range(4):
@@ -210,6 +211,8 @@ def test_what_a_step_leaves_behind(device: torch.device) -> None:
     x, y = batch(device)
     later = model(x).sum()
     given = x.clone(), y.clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
     step(x, y)
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(x, given[0])
