@@ -172,8 +172,8 @@ def _riding(
 ) -> tuple[float, float] | None:
     """beta and alpha with which the product that is the gradient updates the weight in the same pass.
 
-    None if it cannot: with momentum it is not the weight that a gradient is added to, oneDNN's product has no such form, and where a factor is 0 BLAS does not look at the
-    NaNs in what it multiplies.
+    None if it cannot: with momentum the gradient goes elsewhere, oneDNN's product has no such form, and where
+    a factor is 0 BLAS does not look at the NaNs in what it multiplies.
     """
     if (
         group["momentum"] != 0

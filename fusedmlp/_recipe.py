@@ -4,7 +4,7 @@ Asked anew at every step, as anything may have changed since: nothing here is ca
 is trusted. The order of the questions is by what they cost.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -47,8 +47,12 @@ def recipe_of(
     loss = _loss_of(loss_fn)
     if loss not in ("cross_entropy", "mse"):
         return loss
-    if (reason := _why_optimizer_unknown(optimizer)) is not None:
+    if (reason := why_update_unknown(optimizer)) is not None:
         return reason
+    for group in optimizer.param_groups:
+        for name in _REFUSED:
+            if group.get(name, False):
+                return f"the optimizer has {name}=True"
     if _has_any_global_hook() or torch.nn.Module.__call__ is not nn._MODULE_CALL:
         return "a global hook of modules is registered, or Module.__call__ was replaced"
     if type(model) not in _CONTAINERS and type(model) not in nn._LINEARS:
@@ -56,9 +60,10 @@ def recipe_of(
     flatten, relu = False, True  # whether a Linear may follow, as after a ReLU
     weights: list[torch.nn.Parameter] = []
     biases: list[torch.nn.Parameter | None] = []
-    for module in _members(model):
-        if isinstance(module, str):
-            return module
+    members: list[torch.nn.Module] = []
+    if (reason := _members(model, members)) is not None:
+        return reason
+    for module in members:
         kind = type(module)
         if kind in nn._LINEARS:
             if not relu:
@@ -163,7 +168,8 @@ def _loss_of(loss_fn: Callable[..., torch.Tensor]) -> str:
     return f"the loss is {name}; cross entropy and the mean squared error are known"
 
 
-def _why_optimizer_unknown(optimizer: torch.optim.Optimizer) -> str | None:
+def why_update_unknown(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why the optimizer's step may be more than the formula of SGD, Adam or AdamW, or None."""
     kind, own = type(optimizer), optimizer.__dict__
     if kind not in _OPTIMIZERS:
         return f"the optimizer is a {kind.__name__}; SGD, Adam and AdamW are known"
@@ -184,25 +190,23 @@ def _why_optimizer_unknown(optimizer: torch.optim.Optimizer) -> str | None:
         return "the optimizer's step has a hook"
     if own.get("grad_scale") is not None or own.get("found_inf") is not None:
         return "a GradScaler works on the optimizer"
-    for group in own["param_groups"]:
-        for name in _REFUSED:
-            if group.get(name, False):
-                return f"the optimizer has {name}=True"
     return None
 
 
 _REFUSED = ("maximize", "differentiable", "amsgrad", "capturable")
 
 
-def _members(module: torch.nn.Module) -> Iterator[torch.nn.Module | str]:
-    """All modules that are no Sequentials, in the order in which they run; a reason ends it."""
+def _members(module: torch.nn.Module, members: list[torch.nn.Module]) -> str | None:
+    """Add all modules that are no Sequentials, in the order in which they run; the reason where not known."""
     if not _unobserved(module):
-        yield f"a {type(module).__name__} is not known, or has a hook or a forward of its own"
-    elif type(module) in _CONTAINERS:
-        for member in module._modules.values():
-            yield from _members(member)  # type: ignore[arg-type]  # of a Sequential none is None
-    else:
-        yield module
+        return f"a {type(module).__name__} is not known, or has a hook or a forward of its own"
+    if type(module) not in _CONTAINERS:
+        members.append(module)
+        return None
+    for member in module._modules.values():
+        if (reason := _members(member, members)) is not None:  # type: ignore[arg-type]  # of a Sequential
+            return reason
+    return None
 
 
 def _unobserved(module: torch.nn.Module) -> bool:
@@ -224,30 +228,35 @@ def _why_parameters_unknown(
     weights: list[torch.nn.Parameter], biases: list[torch.nn.Parameter | None]
 ) -> str | None:
     first = weights[0]
-    dtype, device = first.dtype, first.device
+    dtype, on_cpu, device = first.dtype, first.is_cpu, first.device
     seen: set[int] = set()
-    columns = first.shape[1] if first.dim() == 2 else None
+    columns = None
     for weight, bias in zip(weights, biases, strict=True):
-        for parameter in (weight, bias):
-            if parameter is None:
-                continue
+        for parameter in (weight,) if bias is None else (weight, bias):
             if type(parameter) is not torch.nn.Parameter:
                 return f"a parameter is a {type(parameter).__name__}"
-            if id(parameter) in seen:
-                return "two layers share a parameter"
-            seen.add(id(parameter))
             if not parameter.requires_grad:
                 return "a parameter is frozen: requires_grad is False"
-            if parameter.dtype is not dtype or parameter.device != device:
+            # To compare devices takes longer than all else here.
+            if parameter.dtype is not dtype or not (
+                (parameter.is_cpu and on_cpu) or parameter.device == device
+            ):
                 return "the parameters are not all of one dtype on one device"
             if not parameter.is_contiguous():
                 return "a parameter is not contiguous in memory"
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 return "a parameter has a hook"
+            seen.add(id(parameter))
         shape = weight.shape
-        if len(shape) != 2 or shape[1] != columns or (bias is not None and bias.shape != shape[:1]):
+        if (
+            len(shape) != 2
+            or (columns is not None and shape[1] != columns)
+            or (bias is not None and bias.shape != shape[:1])
+        ):
             return "the shapes of the layers do not fit"
         columns = shape[0]
+    if len(seen) != 2 * len(weights) - sum(bias is None for bias in biases):
+        return "two layers share a parameter"
     return None
 
 
@@ -277,7 +286,9 @@ def _states_of(
     tensors: tuple[Any, ...]
     of = optimizer.state
     for parameter, group in zip(parameters, groups, strict=True):
-        state = of.get(parameter, {})
+        state = of.get(parameter)
+        if state is None:
+            state = {}
         states.append(state)
         if update == "sgd":
             if group["momentum"] == 0:
@@ -290,14 +301,15 @@ def _states_of(
                 return NO_STATE
             if type(step) is not torch.Tensor or step.dtype is not torch.float32 or step.dim() != 0:
                 return "the optimizer's count of steps is not a float32 tensor"
+        dtype, shape, on_cpu = parameter.dtype, parameter.shape, parameter.is_cpu
         for tensor in tensors:
             if tensor is None:
                 return NO_STATE
             if (
                 type(tensor) is not torch.Tensor
-                or tensor.dtype is not parameter.dtype
-                or tensor.shape != parameter.shape
-                or tensor.device != parameter.device
+                or tensor.dtype is not dtype
+                or tensor.shape != shape
+                or not ((tensor.is_cpu and on_cpu) or tensor.device == parameter.device)
                 or not tensor.is_contiguous()
             ):
                 return "the optimizer's state is not of the parameter's shape, dtype and device"

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from fusedmlp import _direct, _dispatch, _two_launches
+from fusedmlp import _capture, _direct, _dispatch, _two_launches
 from fusedmlp._recipe import NO_STATE, Recipe, recipe_of, why_watched
 
 LossFunction = Callable[[Any, torch.Tensor], torch.Tensor]
+
+_ORDINARY = "Ordinary: zero_grad, forward, loss, backward, step."
 
 
 class TrainStep:
@@ -50,33 +52,36 @@ class TrainStep:
             raise ValueError(f"clip_grad_norm is a norm above 0, or None, got {clip_grad_norm!r}")
         if compute_dtype not in (None, torch.bfloat16):
             raise ValueError(f"compute_dtype is torch.bfloat16 or None, got {compute_dtype!r}")
-        self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
-        self.clip_grad_norm, self.accumulate = clip_grad_norm, accumulate
-        self.scaler, self.compute_dtype = scaler, compute_dtype
+        self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
+        self._clip_grad_norm, self._accumulate = clip_grad_norm, accumulate
+        self._scaler, self._asked_dtype = scaler, compute_dtype
+        self._graphs = _capture.Graphs(model, loss_fn, optimizer, self._forward_backward, self._update)
+        self._two_launches = _two_launches.TwoLaunches()
         self._warned = False
         self._accumulated = 0  # calls whose gradients wait in .grad
-        self._two_launches = _two_launches.TwoLaunches()
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The loss of this batch, detached, after which the model is trained by it."""
         recipe = self._recipe_for_two_launches(x, y)
         if not isinstance(recipe, str):
-            loss = self._two_launches.step(recipe, x, y, self.compute_dtype)
+            loss = self._two_launches.step(recipe, x, y, self._asked_dtype)
             self._tell_scheduler()
             return loss
+        if x.is_cuda and self._why_not_graph(x, y) is None:
+            return self._graphs(x, y)
         recipe = self._recipe_for_direct(x, y)
         if isinstance(recipe, str):
             return self._ordinary(x, y)
         first = self._accumulated == 0
-        last = self._accumulated + 1 == self.accumulate
+        last = self._accumulated + 1 == self._accumulate
         loss = _direct.run(
             recipe,
             x,
             y,
             first=first,
             last=last,
-            accumulate=self.accumulate,
-            clip_grad_norm=self.clip_grad_norm,
+            accumulate=self._accumulate,
+            clip_grad_norm=self._clip_grad_norm,
             compute_dtype=self._compute_dtype(x),
         )
         self._accumulated = 0 if last else self._accumulated + 1
@@ -86,28 +91,53 @@ class TrainStep:
 
     def _tell_scheduler(self) -> None:
         """It asks whether the optimizer has stepped."""
-        if "step" in vars(self.optimizer):
-            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        if "step" in vars(self._optimizer):
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def explain(self, x: torch.Tensor, y: torch.Tensor) -> str:
         """Which route a step with this batch takes, and why no faster one. Nothing is run."""
         recipe = self._recipe_for_two_launches(x, y)
         if not isinstance(recipe, str):
-            return "Two launches: all rows forward and backward, then all weights with their update."
-        if x.is_cuda or _dispatch.forced():
-            text = f"Ordinary: zero_grad, forward, loss, backward, step. Not in two launches: {recipe}."
-            return text + (" In two launches from the next step on." if recipe is NO_STATE else "")
-        recipe = self._recipe_for_direct(x, y)
-        if isinstance(recipe, str):
-            parts = ["Ordinary: zero_grad, forward, loss, backward, step.", f"Not direct: {recipe}."]
-            if recipe is NO_STATE:
-                parts.append("Direct from the next step on.")
+            parts = ["Two launches: all rows forward and backward, then all weights with their update."]
         else:
-            parts = ["Direct: forward, loss, backward and update in ATen calls, without autograd."]
-        if self.compute_dtype is not None:
-            reason = self._why_not_compute_dtype(x)
+            parts = self._explained_on_cuda(x, y) if x.is_cuda else self._explained_on_cpu(x, y)
+            if x.is_cuda or _dispatch.forced():
+                parts.append(f"Not in two launches: {recipe}.")
+                if recipe is NO_STATE:
+                    parts.append("In two launches from the next step on.")
+        if self._asked_dtype is not None:
+            reason = self._why_not_compute_dtype(x) if isinstance(recipe, str) else None
             parts.append("Products in bfloat16." if reason is None else f"Not in bfloat16: {reason}.")
         return " ".join(parts)
+
+    def _explained_on_cpu(self, x: torch.Tensor, y: torch.Tensor) -> list[str]:
+        recipe = self._recipe_for_direct(x, y)
+        if not isinstance(recipe, str):
+            return ["Direct: forward, loss, backward and update in ATen calls, without autograd."]
+        parts = [_ORDINARY, f"Not direct: {recipe}."]
+        return [*parts, "Direct from the next step on."] if recipe is NO_STATE else parts
+
+    def _explained_on_cuda(self, x: torch.Tensor, y: torch.Tensor) -> list[str]:
+        reason = self._why_not_graph(x, y)
+        if reason is not None:
+            return [_ORDINARY, f"Not a CUDA graph: {reason}."]
+        what = "forward, loss and backward in one replay"
+        if _capture.takes_update(self._optimizer):
+            return [f"Graph: {what}, with the optimizer's step, once a few steps of this shape have run."]
+        return [
+            f"Graph: {what}, then the optimizer's step, once a few steps of this shape have run.",
+            "With fused=True the optimizer's step is in the replay too.",
+        ]
+
+    def _why_not_graph(self, x: torch.Tensor, y: torch.Tensor) -> str | None:
+        if self._scaler is not None:
+            return "a GradScaler is given, which looks at its results"
+        if self._accumulate > 1:
+            return "gradients are accumulated"
+        if self._graphs.failure is not None:
+            return self._graphs.failure
+        reason = why_watched(x.device.type)
+        return reason or _capture.why_not(self._model, self._loss_fn, self._optimizer, x, y)
 
     def _recipe_for_two_launches(
         self, x: torch.Tensor, y: torch.Tensor, rows: int | None = None
@@ -115,39 +145,39 @@ class TrainStep:
         """What the step in two launches needs, or why not that. rows: of a batch out of x and y."""
         if not (x.is_cuda or _dispatch.forced()):
             return "x is not on a CUDA device"
-        if self.scaler is not None:
+        if self._scaler is not None:
             return "a GradScaler is given"
-        if self.clip_grad_norm is not None or self.accumulate > 1:
+        if self._clip_grad_norm is not None or self._accumulate > 1:
             return "gradients are clipped or accumulated"
         if (reason := why_watched(x.device.type, forced=True)) is not None:
             return reason
-        recipe = recipe_of(self.model, self.loss_fn, self.optimizer)
+        recipe = recipe_of(self._model, self._loss_fn, self._optimizer)
         if isinstance(recipe, str):
             return recipe
-        return _two_launches.why_not(recipe, x, y, self.compute_dtype, rows) or recipe
+        return _two_launches.why_not(recipe, x, y, self._asked_dtype, rows) or recipe
 
     def _recipe_for_direct(self, x: torch.Tensor, y: torch.Tensor) -> Recipe | str:
         """What the step without autograd needs, or why not that."""
         if not x.is_cpu:
             return "x is not on the CPU"
-        if self.scaler is not None:
+        if self._scaler is not None:
             return "a GradScaler is given"
         if (reason := why_watched("cpu")) is not None:
             return reason
-        recipe = recipe_of(self.model, self.loss_fn, self.optimizer)
+        recipe = recipe_of(self._model, self._loss_fn, self._optimizer)
         if isinstance(recipe, str):
             return recipe
-        if self.compute_dtype is not None and recipe.weights[0].dtype is not torch.float32:
+        if self._asked_dtype is not None and recipe.weights[0].dtype is not torch.float32:
             return f"compute_dtype is given, and the model is {recipe.weights[0].dtype}"
         return _direct.why_not(recipe, x, y) or recipe
 
     def _compute_dtype(self, x: torch.Tensor) -> torch.dtype | None:
         """In which the products are computed, if not the model's."""
-        if self.compute_dtype is None:
+        if self._asked_dtype is None:
             return None
         reason = self._why_not_compute_dtype(x)
         if reason is None:
-            return self.compute_dtype
+            return self._asked_dtype
         if not self._warned:
             self._warned = True
             level = 1  # of the first caller who is not of this module
@@ -183,10 +213,10 @@ class TrainStep:
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, got {batch_size!r}")
         order = torch.randperm(count, generator=generator, device=images.device)
-        images = images.flatten(1) if _wants_flat(self.model, images.shape) else images
+        images = images.flatten(1) if _wants_flat(self._model, images.shape) else images
         dtype = images.dtype
         if dtype is torch.uint8:
-            dtypes = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+            dtypes = (p.dtype for p in self._model.parameters() if p.is_floating_point())
             dtype = next(dtypes, torch.get_default_dtype())
         size = min(batch_size, count)
         batch = torch.empty((size, *images.shape[1:]), dtype=dtype, device=images.device)
@@ -200,7 +230,7 @@ class TrainStep:
                 if not isinstance(recipe, str):
                     rest = order[start:stop]
                     losses.append(
-                        self._two_launches.epoch(recipe, images, labels, rest, size, self.compute_dtype)
+                        self._two_launches.epoch(recipe, images, labels, rest, size, self._asked_dtype)
                     )
                     self._tell_scheduler()
                     break
@@ -220,16 +250,20 @@ class TrainStep:
 
     def _ordinary(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if self._accumulated == 0:
-            self.optimizer.zero_grad()
-        with self._autocast(x):
-            loss = self.loss_fn(self.model(x), y)
-        scaled = loss / self.accumulate if self.accumulate > 1 else loss
-        if self.scaler is not None:
-            scaled = self.scaler.scale(scaled)
-        scaled.backward()
-        self._accumulated = (self._accumulated + 1) % self.accumulate
+            self._optimizer.zero_grad()
+        loss = self._forward_backward(x, y)
+        self._accumulated = (self._accumulated + 1) % self._accumulate
         if self._accumulated == 0:
             self._update()
+        return loss
+
+    def _forward_backward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with self._autocast(x):
+            loss = self._loss_fn(self._model(x), y)
+        scaled = loss / self._accumulate if self._accumulate > 1 else loss
+        if self._scaler is not None:
+            scaled = self._scaler.scale(scaled)
+        scaled.backward()
         return loss.detach()
 
     def _autocast(self, x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -238,16 +272,16 @@ class TrainStep:
 
     def _update(self) -> None:
         """By the gradients in .grad."""
-        if self.clip_grad_norm is not None:
-            if self.scaler is not None:
-                self.scaler.unscale_(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
-        if self.scaler is None:
-            self.optimizer.step()
+        if self._clip_grad_norm is not None:
+            if self._scaler is not None:
+                self._scaler.unscale_(self._optimizer)
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self._clip_grad_norm)
+        if self._scaler is None:
+            self._optimizer.step()
         else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
 
 
 def _wants_flat(model: torch.nn.Module, shape: torch.Size) -> bool:

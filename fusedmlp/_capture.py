@@ -1,0 +1,259 @@
+"""The ordinary step in CUDA graphs: one for each shape of a batch, captured after a few steps as they are.
+
+The steps before a capture are the user's own, on a side stream, so nothing has to be saved and put back; a
+capture itself runs no kernel. Forward and backward are captured, and the optimizer's step too where it is
+made for that (``fused=True`` or ``capturable=True``); else that runs after each replay, as itself.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.modules.module import _has_any_global_hook
+
+from fusedmlp import _dispatch
+from fusedmlp._recipe import why_update_unknown
+
+_WARM_UP = 3  # steps of a shape before it is captured: libraries choose and allocate in the first ones
+_MOST = 16  # graphs, each with memory of its own
+
+
+def why_not(
+    model: torch.nn.Module, loss_fn: Any, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor
+) -> str | None:
+    """None if a step with this batch can be replayed without anybody missing anything, else the reason."""
+    if type(x) is not torch.Tensor or type(y) is not torch.Tensor or y.device != x.device:
+        return "x and y are not plain tensors on one device"
+    if x.requires_grad or y.requires_grad:
+        return "x or y requires grad"
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a graph is being captured"
+    if _has_any_global_hook():
+        return "a global hook of modules is registered"
+    for module in _modules(model, loss_fn):
+        own = module.__dict__
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        ):
+            return f"a {type(module).__name__} has a hook"
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for parameter in model.parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return "a parameter has a hook"
+        if parameter.requires_grad and id(parameter) not in updated:
+            return "a parameter of the model is not in the optimizer"
+        if parameter.device != x.device:
+            return "a parameter is on another device than x"
+    return None
+
+
+def takes_update(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's step can be captured, its learning rates being tensors."""
+    return why_update_unknown(optimizer) is None and all(
+        group.get("fused") or group.get("capturable") for group in optimizer.param_groups
+    )
+
+
+def fingerprint(
+    model: torch.nn.Module, loss_fn: Any, optimizer: torch.optim.Optimizer, with_update: bool
+) -> tuple[Any, ...]:
+    """All that a graph has in it besides the values in memory: where it is another, the graph is wrong.
+
+    Learning rates that are numbers are not in it; :func:`renew` brings those to the graph.
+    """
+    parts: list[Any] = [_settings(), loss_fn if not isinstance(loss_fn, torch.nn.Module) else None]
+    for module in _modules(model, loss_fn):
+        parts.append((id(module), type(module), type(module).forward))
+        parts += [(name, _value(it)) for name, it in vars(module).items() if not name.startswith("_")]
+        parts += [_value(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())]
+    if with_update:
+        for group in optimizer.param_groups:
+            parts += [
+                (name, _value(it))
+                for name, it in group.items()
+                if name != "params" and not (name == "lr" and isinstance(it, (int, float)))
+            ]
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter, {})
+                parts.append((id(parameter), *map(_value, state.values())))
+    return tuple(parts)
+
+
+class Graph:
+    """A captured step: call it with a batch of the same shapes and dtypes."""
+
+    def __init__(self, steps: "Graphs", x: torch.Tensor, y: torch.Tensor) -> None:
+        self.model, self.loss_fn, self.optimizer = steps.model, steps.loss_fn, steps.optimizer
+        self.with_update = takes_update(self.optimizer)
+        self.fingerprint = fingerprint(self.model, self.loss_fn, self.optimizer, self.with_update)
+        # What the fingerprint names by its id has to stay.
+        self.kept = [vars(module).copy() for module in _modules(self.model, self.loss_fn)]
+        self.x, self.y = torch.empty_like(x), torch.empty_like(y)
+        self.x.copy_(x)
+        self.y.copy_(y)
+        groups = self.optimizer.param_groups
+        numbers = [group["lr"] for group in groups if not isinstance(group["lr"], torch.Tensor)]
+        self.values: list[float] = numbers if self.with_update else []
+        self.rates = [torch.full((), lr, dtype=torch.float32, device=x.device) for lr in self.values]
+        self.optimizer.zero_grad(set_to_none=True)  # so that the gradients come to lie in the graph's memory
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = steps.forward_backward(self.x, self.y)
+            if self.with_update:
+                with _for_capture(groups, self.rates):
+                    steps.update()
+        if not self.is_current():
+            raise RuntimeError(
+                "forward or backward changes attributes of the model, which no replay would do"
+            )
+        self.grads = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+
+    def is_current(self) -> bool:
+        return self.with_update == takes_update(self.optimizer) and self.fingerprint == fingerprint(
+            self.model, self.loss_fn, self.optimizer, self.with_update
+        )
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, update: Callable[[], None]) -> torch.Tensor:
+        renew(self.rates, self.values, self.optimizer)
+        self.x.copy_(x)
+        self.y.copy_(y)
+        self.graph.replay()
+        for parameter, grad in self.grads:  # somebody may have set others, or None
+            parameter.grad = grad
+        if not self.with_update:
+            update()
+        elif "step" in vars(self.optimizer):  # a scheduler asks whether the optimizer has stepped
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        return self.loss.clone()
+
+
+@contextlib.contextmanager
+def _for_capture(groups: list[dict[str, Any]], rates: list[torch.Tensor]) -> Iterator[None]:
+    """Learning rates that are numbers are these tensors; and Adam says of itself that it may be captured.
+
+    Which its fused form may, but only ``capturable=True`` is believed.
+    """
+    before = [dict(group) for group in groups]
+    tensors = iter(rates)
+    try:
+        for group in groups:
+            if not isinstance(group["lr"], torch.Tensor):
+                group["lr"] = next(tensors)
+            if "capturable" in group:
+                group["capturable"] = True
+        yield
+    finally:
+        for group, was in zip(groups, before, strict=True):
+            group.update({name: was[name] for name in ("lr", "capturable") if name in was})
+
+
+def renew(rates: list[torch.Tensor], values: list[float], optimizer: torch.optim.Optimizer) -> None:
+    """Write the groups' learning rates, where they are numbers, into the tensors that a graph reads.
+
+    values: what was written last, which is changed with it.
+    """
+    if not rates:
+        return
+    numbers = [group["lr"] for group in optimizer.param_groups if not isinstance(group["lr"], torch.Tensor)]
+    for i, number in enumerate(numbers):
+        if number != values[i]:
+            rates[i].fill_(number)
+            values[i] = number
+
+
+class Graphs:
+    """The graphs of one model, loss and optimizer.
+
+    forward_backward: from a batch to its loss, detached, the gradients in ``.grad``; update: by those.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss_fn: Any,
+        optimizer: torch.optim.Optimizer,
+        forward_backward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        update: Callable[[], None],
+    ) -> None:
+        self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
+        self.forward_backward, self.update = forward_backward, update
+        self.failure: str | None = None
+        self.graphs: dict[Any, Graph] = {}
+        self.seen: dict[Any, int] = {}
+        self.stream: torch.cuda.Stream | None = None
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.cuda.device(x.device):
+            key = x.shape, x.dtype, x.device, y.shape, y.dtype
+            graph = self.graphs.get(key)
+            if graph is not None and not graph.is_current():
+                del self.graphs[key]
+                graph = None
+            if graph is None:
+                self.seen[key] = self.seen.get(key, 0) + 1
+                if self.seen[key] <= _WARM_UP or len(self.graphs) >= _MOST:
+                    return self._as_it_is(x, y)
+                try:
+                    graph = self.graphs[key] = Graph(self, x, y)
+                except Exception as error:
+                    self.failure = f"capturing it raised {type(error).__name__}: {error}".splitlines()[0]
+                    warnings.warn(f"the step runs eagerly: {self.failure}", stacklevel=4)
+                    return self._as_it_is(x, y)
+            return graph(x, y, self.update)
+
+    def _as_it_is(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """On a side stream, as nodes of autograd remember the stream, and the default one is not captured."""
+        if self.stream is None or self.stream.device != x.device:
+            self.stream = torch.cuda.Stream(x.device)
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            self.optimizer.zero_grad()
+            loss = self.forward_backward(x, y)
+            self.update()
+        current.wait_stream(self.stream)
+        for tensor in (x, y, loss):  # of one stream, used on another
+            tensor.record_stream(current if tensor is loss else self.stream)
+        return loss
+
+
+def _modules(model: torch.nn.Module, loss_fn: Any) -> Iterator[torch.nn.Module]:
+    yield from model.modules()
+    if isinstance(loss_fn, torch.nn.Module):
+        yield from loss_fn.modules()
+
+
+def _value(it: Any) -> Any:
+    """By its value where that cannot change in place, of a tensor its place, else who it is."""
+    if it is None or isinstance(it, (bool, int, float, str, torch.dtype, torch.device)):
+        return it
+    if isinstance(it, (tuple, list)):
+        return tuple(map(_value, it))
+    if isinstance(it, torch.Tensor):
+        return id(it), it.data_ptr(), it.shape, it.stride(), it.dtype, it.requires_grad
+    return id(it)
+
+
+def _settings() -> tuple[Any, ...]:
+    """Of PyTorch and of this package: what decides which kernels run."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return (
+        _dispatch.forced(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        cuda.matmul.fp32_precision,
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+    )
