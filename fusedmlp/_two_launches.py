@@ -106,7 +106,7 @@ class TwoLaunches:
         """
         steps = -(-len(order) // batch_size)
         run = self._prepared(recipe, images, labels, dtype, batch_size, steps)
-        if self._order.shape != order.shape:
+        if self._order.shape != order.shape or len(self._losses) != steps:
             self._order, self._losses = torch.empty_like(order), torch.empty(steps, device=order.device)
         self._order.copy_(order)
 

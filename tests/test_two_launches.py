@@ -104,7 +104,8 @@ def test_the_learning_rate_is_read_at_every_step(optimizer: str, device: torch.d
     step = fusedmlp.TrainStep(three[0][0], torch.nn.functional.cross_entropy, three[0][1])
     schedulers = [torch.optim.lr_scheduler.StepLR(made, 1, gamma=0.3) for _, made in three]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a scheduler warns if it believes that the optimizer has not stepped
+        # A scheduler warns if it believes that the optimizer has not stepped.
+        warnings.filterwarnings("error", message="Detected call of")
         for _ in range(4):
             x, y = batch(device)
             for pair in three[1:]:
@@ -200,6 +201,22 @@ def test_an_epoch_goes_in_two_launches(device: torch.device, monkeypatch: pytest
     step.epoch(x, y, 18, drop_last=True)
     expected = [(0, 18), (18, 4), (0, 18), (18, 18), (36, 4), (0, 18), (18, 18)]
     assert launched == expected if device.type == "cpu" else launched[:5] == expected[:5]
+
+
+def test_other_batch_sizes(device: torch.device) -> None:
+    """Smaller and larger ones, and steps in between, in whatever memory there is."""
+    three = twins(network(device), OPTIMIZERS["SGD"])
+    x, y = batch(device, 40)
+    step = fusedmlp.TrainStep(three[0][0], torch.nn.functional.cross_entropy, three[0][1])
+    for size in (18, 7, 40, 100, 12):
+        order = torch.randperm(40, generator=torch.Generator(device).manual_seed(size), device=device)
+        for pair in three[1:]:
+            for rows in [*order.split(size), order[:9]]:
+                loop(*pair, torch.nn.functional.cross_entropy, x[rows], y[rows])
+        losses = step.epoch(x, y, size, generator=torch.Generator(device).manual_seed(size))
+        assert losses.shape == (-(-40 // size),)
+        step(x[order[:9]], y[order[:9]])
+    assert_same(three)
 
 
 def test_what_a_step_leaves_behind(device: torch.device) -> None:
