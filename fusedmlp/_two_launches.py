@@ -117,13 +117,15 @@ class TwoLaunches:
                 run.launch(self._order, i * batch_size, rows, self._losses, i)
 
         compiled = (run.identity(), batch_size, len(order) % batch_size)
-        whole = (compiled, self._order.data_ptr(), self._losses.data_ptr(), len(order))
+        rest = (run.numbers, self._order, self._losses)
+        whole = (compiled, len(order), *(tensor.data_ptr() for tensor in rest))
         replay = images.is_cuda and compiled == self._ran and self._capturable
         if replay and whole != self._captured:
             replay = self._capture(launch_all, images.device)
             self._captured = whole if replay else None
         if replay and self._graph is not None:
-            self._graph.replay()
+            with torch.cuda.device(images.device):
+                self._graph.replay()
         else:
             launch_all()
             self._ran = compiled
@@ -192,8 +194,8 @@ class _Run(NamedTuple):
         )  # fmt: skip
 
     def identity(self) -> tuple[Any, ...]:
-        """What has to be the same for a replay to be right: the memory, and what is compiled in."""
-        tensors = [self.x, self.y, self.numbers, *(t for group in self.parameters for t in group)]
+        """What has to be the same for a replay to be right: the caller's memory, and what is compiled in."""
+        tensors = [self.x, self.y, *(t for group in self.parameters for t in group)]
         addresses = tuple(None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in tensors)
         return addresses, self.network, _dispatch.kernels().arithmetic(torch.float32)
 

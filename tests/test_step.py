@@ -21,6 +21,26 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 KINDS = {"SGD": "sgd", "Adam": "adam", "AdamW": "adamw"}
 
 
+class Guards:
+    """Puts tensors between canaries: what is written past an end shows."""
+
+    PAD, CANARY = 2**14, 77.0
+
+    def __init__(self) -> None:
+        self.buffers: list[torch.Tensor] = []
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        buffer = tensor.new_full((tensor.numel() + 2 * self.PAD,), self.CANARY)
+        self.buffers.append(buffer)
+        inside = buffer[self.PAD : -self.PAD].view(tensor.shape)
+        return inside.copy_(tensor)
+
+    def check(self) -> None:
+        for buffer in self.buffers:
+            edges = torch.cat((buffer[: self.PAD], buffer[-self.PAD :]))
+            assert (edges == self.CANARY).all(), "written past the end"
+
+
 class Training(NamedTuple):
     """A model with an optimizer that has made a step, and what to train it on."""
 
@@ -106,20 +126,27 @@ def on_kernels(
     model = copy.deepcopy(given.model)
     optimizer = type(given.optimizer)(model.parameters())
     optimizer.load_state_dict(copy.deepcopy(given.optimizer.state_dict()))
+    guard = Guards()
     state = [optimizer.state[p] for p in model.parameters()]
+    for parameter, its_state in zip(model.parameters(), state, strict=True):
+        parameter.data = guard(parameter.data)
+        its_state.update({k: guard(t) for k, t in its_state.items() if t is not None and t.dim()})
     firsts = [s.get("momentum_buffer", s.get("exp_avg")) for s in state]
     squares = [s.get("exp_avg_sq") for s in state]
     data = [p.detach() for p in model.parameters()]
     widths = (data[0].shape[1], *(bias.shape[0] for bias in data[1::2]))
     most = max(len(given.order[batch]) for batch in batches)
-    workspace = step.workspace_for(widths, most, dtype, given.x.device)
-    for tensor in (
-        *workspace.hidden,
-        *workspace.grads,
-        workspace.partials,
-        *filter(torch.is_tensor, workspace.copies),
-    ):
-        tensor.fill_(float("nan"))
+    made = step.workspace_for(widths, most, dtype, given.x.device)
+
+    def poisoned(tensor: torch.Tensor) -> torch.Tensor:
+        return guard(tensor.fill_(float("nan")))
+
+    workspace = made._replace(
+        copies=tuple(None if copy is None else poisoned(copy) for copy in made.copies),
+        hidden=tuple(map(poisoned, made.hidden)),
+        grads=tuple(map(poisoned, made.grads)),
+        partials=poisoned(made.partials),
+    )
     parameters = step.Parameters(
         *(tuple(part) for part in (data[::2], data[1::2], workspace.copies)),
         *(tuple(part) for part in (firsts[::2], firsts[1::2], squares[::2], squares[1::2])),
@@ -132,7 +159,7 @@ def on_kernels(
         optimizer.param_groups[0].get("nesterov", False),
     )
     numbers = numbers_for(given, len(batches))
-    losses = torch.full((len(batches),), float("nan"), device=given.x.device)
+    losses = guard(torch.full((len(batches),), float("nan"), device=given.x.device))
     index, x, target = given.order, given.x, given.target
     if index_dtype is None:
         index, x, target = None, x[given.order], target[given.order]
@@ -160,6 +187,7 @@ def on_kernels(
             step.train_step(
                 x, index, batch.start, rows, target, parameters, network, numbers, losses, i, workspace, scale
             )
+    guard.check()
     for weight, rounded in zip(data[::2], workspace.copies, strict=True):
         if rounded is not None and not (dtype == torch.bfloat16 and not x.is_cuda):
             assert torch.equal(rounded, weight.to(dtype))  # the interpreter truncates to bfloat16
