@@ -1,9 +1,9 @@
 """Contestants that take turns, timed in the CPU time of this thread: other work on the machine counts little.
 
 Every round runs each contestant once, in an order that is drawn, as it matters who comes after whom. A ratio
-is of medians over all rounds, its spread the 10 % and 90 % of the ratios of single rounds. The first
-contestant is the one all are compared with; give it a second time, as "again": its ratio to itself says what
-the machine's noise can do.
+is the median of the ratios of single rounds, its spread their 10 % and 90 %: a machine that becomes slow for
+a while makes all of a round slow. The first contestant is the one all are compared with; give it a second
+time, as "again": its ratio to itself says what the machine's noise can do.
 """
 
 import itertools
@@ -90,5 +90,4 @@ def _calls_of(run: Callable[[], object]) -> int:
 def _timing(first: list[float], own: list[float]) -> Timing:
     ratios = sorted(one / other for one, other in zip(first, own, strict=True))
     tenth = round(0.1 * (len(ratios) - 1))
-    median = statistics.median(own)
-    return Timing(median, statistics.median(first) / median, ratios[tenth], ratios[-1 - tenth])
+    return Timing(statistics.median(own), statistics.median(ratios), ratios[tenth], ratios[-1 - tenth])

@@ -95,7 +95,7 @@ class TrainStep:
             self._optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def explain(self, x: torch.Tensor, y: torch.Tensor) -> str:
-        """Which route a step with this batch takes, and why no faster one. Nothing is run."""
+        """Which route a step with this batch takes, and why no faster one: sentences. Nothing is run."""
         recipe = self._recipe_for_two_launches(x, y)
         if not isinstance(recipe, str):
             parts = ["Two launches: all rows forward and backward, then all weights with their update."]
@@ -108,7 +108,7 @@ class TrainStep:
         if self._asked_dtype is not None:
             reason = self._why_not_compute_dtype(x) if isinstance(recipe, str) else None
             parts.append("Products in bfloat16." if reason is None else f"Not in bfloat16: {reason}.")
-        return " ".join(parts)
+        return "\n".join(parts)
 
     def _explained_on_cpu(self, x: torch.Tensor, y: torch.Tensor) -> list[str]:
         recipe = self._recipe_for_direct(x, y)

@@ -82,6 +82,22 @@ def test_error_of_the_gradients_in_float32(products: str, rows: int) -> None:
         assert_right(2 * ours.grad, theirs.grad, right.grad, name)
 
 
+def test_strided_arguments(products: str) -> None:
+    twins = Twins(mlp(dtype=torch.float32, widths=(784, 33, 10)), OPTIMIZERS["SGD"])
+    y = torch.randint(0, 10, (14,))[::2]
+    for x in (torch.randn(784, 7).t(), torch.randn(14, 784)[::2], torch.randn(1, 784).expand(7, 784)):
+        assert twins.step.explain(x, y).startswith("Direct")
+        torch.testing.assert_close(twins.step(x, y), twins.plain(x, y))
+    torch.testing.assert_close(twins.model.state_dict(), twins.twin.state_dict())
+
+
+def test_no_features() -> None:
+    twins = Twins(mlp(widths=(0, 4, 5)), OPTIMIZERS["SGD, momentum"])
+    data = [(torch.empty(6, 0, dtype=torch.float64), torch.randint(0, 5, (6,))) for _ in range(3)]
+    twins.train(data, "Direct")
+    twins.assert_same()
+
+
 def test_nan_in_every_product(products: str) -> None:
     for place in range(3):
         twins = Twins(mlp(dtype=torch.float32, widths=(784, 33, 17, 10)), OPTIMIZERS["SGD"])

@@ -291,14 +291,17 @@ def test_nan_and_infinity_go_where_they_go_in_pytorch(name: str, value: float) -
     twins.assert_same()
 
 
-def test_nan_passes_a_relu_backward() -> None:
-    """Of a hidden unit that is NaN in one row: its gradient passes, and `grad * (y > 0)` would stop it."""
-    twins = Twins(mlp(widths=(3, 2, 2)), OPTIMIZERS["SGD"], MSE)
-    x = torch.randn(4, 3, dtype=torch.float64)
-    x[0, 0] = float("nan")
-    y = torch.zeros(4, 2, dtype=torch.float64)
-    twins.train([(x, y)], "Direct")
-    assert all(p.isnan().any() for p in twins.twin.parameters())
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_units_at_rest_take_no_part_in_a_gradient_of_nan(value: float) -> None:
+    """The gradient is 0 where a ReLU's output is 0, which `grad * (y > 0)` is not: NaN times 0 is NaN."""
+    twins = Twins(mlp(widths=(7, 9, 5)), OPTIMIZERS["SGD"])
+    for model in (twins.model, twins.twin):
+        with torch.no_grad():
+            model[0].bias[:4] = -100.0  # at rest whatever comes
+            model[2].weight[0, 5] = value
+    twins.train(batches(1), "Direct")
+    assert twins.twin[0].weight[:4].isfinite().all()
+    assert twins.twin[0].weight[4:].isnan().any()
     twins.assert_same()
 
 
