@@ -21,8 +21,7 @@ from .step_weights import NUMBERS, weights_of_step
 
 WIDEST = 256  # outputs of a layer: a program holds a row of them
 DEEPEST = 9  # layers
-
-COLUMNS: int = NUMBERS.value
+MOST_INPUTS = 2**22  # offsets within a weight are counted in 32 bits
 
 
 class RowsTile(NamedTuple):
@@ -70,9 +69,7 @@ class Parameters(NamedTuple):
     weights: tuple[torch.Tensor, ...]  # (N, K)
     biases: tuple[torch.Tensor, ...]  # (N,)
     copies: tuple[torch.Tensor | None, ...]  # of the weights, in the dtype of products; None for float32
-    weight_moments: tuple[
-        torch.Tensor | None, ...
-    ]  # momentum_buffer or exp_avg; None for SGD without momentum
+    weight_moments: tuple[torch.Tensor | None, ...]  # momentum_buffer or exp_avg; None without momentum
     bias_moments: tuple[torch.Tensor | None, ...]
     weight_squares: tuple[torch.Tensor | None, ...]  # exp_avg_sq; None for SGD
     bias_squares: tuple[torch.Tensor | None, ...]
@@ -109,6 +106,8 @@ def why_no_step(widths: Sequence[int], rows: int, dtype: torch.dtype) -> str | N
         return "a layer is empty"
     if max(widths[1:]) > WIDEST:
         return f"a layer has {max(widths[1:])} outputs, and the two-launch step is made for {WIDEST} at most"
+    if widths[0] > MOST_INPUTS:
+        return f"there are {widths[0]} inputs, and the two-launch step is made for {MOST_INPUTS} at most"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the two-launch step computes in float32, float16 or bfloat16, not in {dtype}"
     if rows < 1:
@@ -155,7 +154,7 @@ def block_of(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-Numbers = tuple[Any, ...]  # COLUMNS of float, or of one-dimensional float64 tensors, a number for each step
+Numbers = tuple[Any, ...]  # eight; instead of a number there may be a float64 tensor, of one for each step
 
 
 def sgd_numbers(lr: float, momentum: float, dampening: float, weight_decay: float) -> Numbers:

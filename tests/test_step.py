@@ -331,6 +331,7 @@ def test_why_there_is_no_step() -> None:
         ((784, 257, 10), 64, torch.float32, "257 outputs"),
         ((16,) * 11, 64, torch.float32, "10 layers"),
         ((16, 0, 3), 64, torch.float32, "empty"),
+        ((2**22 + 1, 3), 64, torch.float32, "inputs"),
         ((16, 3), 0, torch.float32, "empty"),
         ((16, 3), step.MOST_ROWS + 1, torch.float32, "rows"),
         ((16, 3), 64, torch.float64, "float64"),
