@@ -102,7 +102,8 @@ class Graph:
         self.rates = [torch.full((), lr, dtype=torch.float32, device=x.device) for lr in self.values]
         self.optimizer.zero_grad(set_to_none=True)  # so that the gradients come to lie in the graph's memory
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Only what this thread does must fit into a graph: a loader's thread may copy meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.loss = steps.forward_backward(self.x, self.y)
             if self.with_update:
                 with _for_capture(groups, self.rates):

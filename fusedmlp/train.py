@@ -22,10 +22,15 @@ class TrainStep:
     Any model, loss and torch optimizer; what is known well enough takes a faster route, with the same
     results and the same state of model and optimizer. :meth:`explain` says which, and why not another.
 
-    loss_fn: called as ``loss_fn(model(x), y)``, a scalar. clip_grad_norm: the largest norm of all gradients
-    together, as of ``torch.nn.utils.clip_grad_norm_``. accumulate: the optimizer steps at every n-th call,
-    with the mean of the gradients. scaler: a ``torch.amp.GradScaler``. compute_dtype: ``torch.bfloat16``
-    computes the products in bfloat16 as under ``torch.autocast``; parameters stay float32.
+    loss_fn: called as ``loss_fn(model(x), y)``, a scalar; x and y are tensors, or what model and loss take.
+    clip_grad_norm: the largest norm of all gradients together, as of ``torch.nn.utils.clip_grad_norm_``.
+    accumulate: the optimizer steps at every n-th call, with the mean of the gradients. scaler: a
+    ``torch.amp.GradScaler``. compute_dtype: ``torch.bfloat16`` computes the products in bfloat16, as under
+    ``torch.autocast``; parameters stay float32; on a CPU without units for it, float32 and a warning.
+
+    Everything is read anew at each call: learning rates that a scheduler sets, values that are loaded, layers
+    that are frozen. On a GPU the step is replayed from a CUDA graph, so Python code in the model runs only
+    in the first steps of a shape and whenever an attribute, a parameter or a setting has changed.
 
     Do not rely on the ``.grad`` of parameters after a step: some routes leave None there, as
     ``zero_grad`` does. The loss is not looked at, which would wait for a GPU: a step whose loss is NaN
@@ -67,7 +72,7 @@ class TrainStep:
             loss = self._two_launches.step(recipe, x, y, self._asked_dtype)
             self._tell_scheduler()
             return loss
-        if x.is_cuda and self._why_not_graph(x, y) is None:
+        if _is_on(x, "cuda") and self._why_not_graph(x, y) is None:
             return self._graphs(x, y)
         recipe = self._recipe_for_direct(x, y)
         if isinstance(recipe, str):
@@ -100,8 +105,9 @@ class TrainStep:
         if not isinstance(recipe, str):
             parts = ["Two launches: all rows forward and backward, then all weights with their update."]
         else:
-            parts = self._explained_on_cuda(x, y) if x.is_cuda else self._explained_on_cpu(x, y)
-            if x.is_cuda or _dispatch.forced():
+            on_cuda = _is_on(x, "cuda")
+            parts = self._explained_on_cuda(x, y) if on_cuda else self._explained_on_cpu(x, y)
+            if on_cuda or _dispatch.forced():
                 parts.append(f"Not in two launches: {recipe}.")
                 if recipe is NO_STATE:
                     parts.append("In two launches from the next step on.")
@@ -143,7 +149,7 @@ class TrainStep:
         self, x: torch.Tensor, y: torch.Tensor, rows: int | None = None
     ) -> Recipe | str:
         """What the step in two launches needs, or why not that. rows: of a batch out of x and y."""
-        if not (x.is_cuda or _dispatch.forced()):
+        if not (_is_on(x, "cuda") or (_dispatch.forced() and _is_on(x, "cpu"))):
             return "x is not on a CUDA device"
         if self._scaler is not None:
             return "a GradScaler is given"
@@ -158,8 +164,8 @@ class TrainStep:
 
     def _recipe_for_direct(self, x: torch.Tensor, y: torch.Tensor) -> Recipe | str:
         """What the step without autograd needs, or why not that."""
-        if not x.is_cpu:
-            return "x is not on the CPU"
+        if not _is_on(x, "cpu"):
+            return "x is not a tensor on the CPU"
         if self._scaler is not None:
             return "a GradScaler is given"
         if (reason := why_watched("cpu")) is not None:
@@ -187,7 +193,12 @@ class TrainStep:
         return None
 
     def _why_not_compute_dtype(self, x: torch.Tensor) -> str | None:
-        return _direct.why_not_bfloat16() if x.is_cpu else None
+        return _direct.why_not_bfloat16() if self._device_type(x) == "cpu" else None
+
+    def _device_type(self, x: Any) -> str:
+        """Of x, or of the model if x is not a tensor but many."""
+        tensor = x if isinstance(x, torch.Tensor) else next(self._model.parameters(), torch.empty(0))
+        return tensor.device.type
 
     def epoch(
         self,
@@ -268,7 +279,7 @@ class TrainStep:
 
     def _autocast(self, x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
         dtype = self._compute_dtype(x)
-        return contextlib.nullcontext() if dtype is None else torch.autocast(x.device.type, dtype)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self._device_type(x), dtype)
 
     def _update(self) -> None:
         """By the gradients in .grad."""
@@ -282,6 +293,10 @@ class TrainStep:
         else:
             self._scaler.step(self._optimizer)
             self._scaler.update()
+
+
+def _is_on(x: Any, device_type: str) -> bool:
+    return isinstance(x, torch.Tensor) and (x.is_cuda if device_type == "cuda" else x.is_cpu)
 
 
 def _wants_flat(model: torch.nn.Module, shape: torch.Size) -> bool:

@@ -372,6 +372,22 @@ def test_empty_batch() -> None:
     twins.assert_same()
 
 
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_input_that_is_many_tensors(compute_dtype: torch.dtype | None) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(7, 5).double()
+
+        def forward(self, both: dict[str, torch.Tensor]) -> Any:
+            return self.layer(both["a"] + both["b"])
+
+    twins = Twins(Sum(), SGD, compute_dtype=compute_dtype)
+    data = [({"a": x, "b": x}, y) for x, y in batches(3)]
+    twins.train(data, "Ordinary")
+    twins.assert_same()
+
+
 def test_kernels_that_are_forced_are_not_passed_by() -> None:
     twins = Twins(mlp(), SGD)
     with fusedmlp.backend("triton"):
