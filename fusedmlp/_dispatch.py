@@ -147,6 +147,19 @@ def surely_unfused(x: torch.Tensor) -> bool:
     return type(x) is torch.Tensor and x.is_cpu and _chosen.quiet
 
 
+def why_no_kernels(x: torch.Tensor) -> str | None:
+    """None if kernels of any kind can run on x under the present settings, else the reason."""
+    if _chosen.backend == "torch":
+        return "backend('torch') is in force"
+    if type(x) not in _PLAIN:
+        return f"x is a {type(x).__name__}, not a plain torch.Tensor"
+    if not x.is_cuda and not _interpreted(x):
+        return f"x is on the {x.device.type}, and the kernels run on CUDA devices"
+    return _why_not_here(x.device.type, x.device.index) or (
+        None if _is_plain_memory(x, False) else _NOT_PLAIN_MEMORY
+    )
+
+
 def left_to_compiler(x: torch.Tensor) -> bool:
     """Whether a compiler that is tracing shall see the modules one by one: nothing here will be fused."""
     return torch.compiler.is_compiling() and (_exporting() or surely_unfused(x))

@@ -99,13 +99,16 @@ def recipe_of(
     return Recipe(flatten, weights, biases, loss, update, parameters, groups, states)  # type: ignore[arg-type]
 
 
-def why_watched(device_type: str) -> str | None:
-    """Why a step on this kind of device has to run PyTorch's functions one by one under autograd, or None."""
+def why_watched(device_type: str, forced: bool = False) -> str | None:
+    """Why a step on this kind of device has to run PyTorch's functions one by one under autograd, or None.
+
+    forced: it runs on the kernels, as under ``backend("triton")``.
+    """
     if not torch.is_grad_enabled():
         return "grad mode is off, under which a backward raises"
     if torch.is_autocast_enabled(device_type):
         return "autocast is on"
-    if not _dispatch.quiet():
+    if not _dispatch.quiet() and not (forced and _dispatch.forced()):
         return "explain() is recording, or backend('triton') is in force"
     if torch.is_anomaly_enabled():
         return "anomaly detection is on"

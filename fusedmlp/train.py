@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fusedmlp import _capture, _direct
+from fusedmlp import _capture, _direct, _dispatch, _two_launches
 from fusedmlp._recipe import NO_STATE, Recipe, recipe_of, why_watched
 
 LossFunction = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -61,11 +61,17 @@ class TrainStep:
         self._clip_grad_norm, self._accumulate = clip_grad_norm, accumulate
         self._scaler, self._asked_dtype = scaler, compute_dtype
         self._graphs = _capture.Graphs(model, loss_fn, optimizer, self._forward_backward, self._update)
+        self._two_launches = _two_launches.TwoLaunches()
         self._warned = False
         self._accumulated = 0  # calls whose gradients wait in .grad
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The loss of this batch, detached, after which the model is trained by it."""
+        recipe = self._recipe_for_two_launches(x, y)
+        if not isinstance(recipe, str):
+            loss = self._two_launches.step(recipe, x, y, self._asked_dtype)
+            self._tell_scheduler()
+            return loss
         if _is_on(x, "cuda") and self._why_not_graph(x, y) is None:
             return self._graphs(x, y)
         recipe = self._recipe_for_direct(x, y)
@@ -84,15 +90,29 @@ class TrainStep:
             compute_dtype=self._compute_dtype(x),
         )
         self._accumulated = 0 if last else self._accumulated + 1
-        if last and "step" in vars(self._optimizer):  # a scheduler asks whether the optimizer has stepped
-            self._optimizer._opt_called = True  # type: ignore[attr-defined]
+        if last:
+            self._tell_scheduler()
         return loss
+
+    def _tell_scheduler(self) -> None:
+        """It asks whether the optimizer has stepped."""
+        if "step" in vars(self._optimizer):
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def explain(self, x: torch.Tensor, y: torch.Tensor) -> str:
         """Which route a step with this batch takes, and why no faster one: sentences. Nothing is run."""
-        parts = self._explained_on_cuda(x, y) if _is_on(x, "cuda") else self._explained_on_cpu(x, y)
+        recipe = self._recipe_for_two_launches(x, y)
+        if not isinstance(recipe, str):
+            parts = ["Two launches: all rows forward and backward, then all weights with their update."]
+        else:
+            on_cuda = _is_on(x, "cuda")
+            parts = self._explained_on_cuda(x, y) if on_cuda else self._explained_on_cpu(x, y)
+            if on_cuda or _dispatch.forced():
+                parts.append(f"Not in two launches: {recipe}.")
+                if recipe is NO_STATE:
+                    parts.append("In two launches from the next step on.")
         if self._asked_dtype is not None:
-            reason = self._why_not_compute_dtype(x)
+            reason = self._why_not_compute_dtype(x) if isinstance(recipe, str) else None
             parts.append("Products in bfloat16." if reason is None else f"Not in bfloat16: {reason}.")
         return "\n".join(parts)
 
@@ -124,6 +144,23 @@ class TrainStep:
             return self._graphs.failure
         reason = why_watched(x.device.type)
         return reason or _capture.why_not(self._model, self._loss_fn, self._optimizer, x, y)
+
+    def _recipe_for_two_launches(
+        self, x: torch.Tensor, y: torch.Tensor, rows: int | None = None
+    ) -> Recipe | str:
+        """What the step in two launches needs, or why not that. rows: of a batch out of x and y."""
+        if not (_is_on(x, "cuda") or (_dispatch.forced() and _is_on(x, "cpu"))):
+            return "x is not on a CUDA device"
+        if self._scaler is not None:
+            return "a GradScaler is given"
+        if self._clip_grad_norm is not None or self._accumulate > 1:
+            return "gradients are clipped or accumulated"
+        if (reason := why_watched(x.device.type, forced=True)) is not None:
+            return reason
+        recipe = recipe_of(self._model, self._loss_fn, self._optimizer)
+        if isinstance(recipe, str):
+            return recipe
+        return _two_launches.why_not(recipe, x, y, self._asked_dtype, rows) or recipe
 
     def _recipe_for_direct(self, x: torch.Tensor, y: torch.Tensor) -> Recipe | str:
         """What the step without autograd needs, or why not that."""
@@ -197,7 +234,17 @@ class TrainStep:
         pixels = batch if dtype is images.dtype else torch.empty_like(batch, dtype=images.dtype)
         targets = labels.new_empty((size, *labels.shape[1:]))
         losses = []
-        for start in range(0, count - count % batch_size if drop_last else count, batch_size):
+        stop = count - count % batch_size if drop_last else count
+        for start in range(0, stop, batch_size):
+            if start <= batch_size:  # the first step makes the optimizer's state, which the others count on
+                recipe = self._recipe_for_two_launches(images, labels, size)
+                if not isinstance(recipe, str):
+                    rest = order[start:stop]
+                    losses.append(
+                        self._two_launches.epoch(recipe, images, labels, rest, size, self._asked_dtype)
+                    )
+                    self._tell_scheduler()
+                    break
             rows = order[start : start + batch_size]
             x, y = batch[: len(rows)], targets[: len(rows)]
             with torch.no_grad():
@@ -205,10 +252,10 @@ class TrainStep:
                 torch.index_select(labels, 0, rows, out=y)
                 if pixels is not batch:
                     x.copy_(pixels[: len(rows)]).div_(255)
-            losses.append(self(x, y))
+            losses.append(self(x, y).reshape(1))
         if not losses:
             return torch.empty(0, device=images.device)
-        together = torch.stack(losses)
+        together = torch.cat(losses)
         _warn_of_not_finite(together)
         return together
 

@@ -11,8 +11,9 @@ if __name__ == "kernels":
         "run Python from outside the fusedmlp checkout."
     )
 
+from . import step
 from ._launch import arithmetic, dry_run, interpreting
 from ._table import table_of
 from .mlp import mlp_backward, mlp_forward
 
-__all__ = ["arithmetic", "dry_run", "interpreting", "mlp_backward", "mlp_forward", "table_of"]
+__all__ = ["arithmetic", "dry_run", "interpreting", "mlp_backward", "mlp_forward", "step", "table_of"]

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -30,6 +31,18 @@ from fusedmlp.kernels.forward import _linear_forward_kernel
 from fusedmlp.kernels.grad_input import _grad_input_descriptor_kernel, _grad_input_kernel
 from fusedmlp.kernels.grad_weight import _grad_weights_kernel
 from fusedmlp.kernels.relu_backward import BLOCK_M, BLOCK_N, _relu_backward_kernel
+from fusedmlp.kernels.step import (
+    PERSISTENT_TILES,
+    ROWS_TILES,
+    WEIGHTS_TILES,
+    RowsTile,
+    WeightsTile,
+    _step_rows_kernel,
+    _step_weights_kernel,
+    _steps_kernel,
+    block_of,
+    why_not_persistent,
+)
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
@@ -42,7 +55,7 @@ class Spec(NamedTuple):
     kernel: Any
     arguments: dict[str, Any]
     kind: str | None = None
-    tile: Tile | None = None
+    tile: Tile | RowsTile | WeightsTile | None = None
 
 
 # What of an irregular product is not a multiple of 16, as Triton sees it: everything, or one odd size and
@@ -141,6 +154,57 @@ def grouped_products() -> Iterator[Spec]:
             yield Spec(name, _grad_weights_kernel, arguments, kind, tile)
 
 
+# Networks for the training step, and what else is compiled in: MNIST's, in pixels; all of the widest; sizes
+# that are multiples of nothing.
+NETWORKS = {
+    "mnist": ((784, 256, 128, 10), "cross_entropy", "adamw", "u8"),
+    "widest": ((784, *[256] * 8, 256), "cross_entropy", "sgd", "fp16"),
+    "odd": ((51, 201, 33, 7), "mse", "adam", "fp32"),
+    "even": ((64, 208, 48, 7), "mse", "adam", "fp32"),
+}
+
+
+def training_steps(which: str) -> Iterator[Spec]:
+    """The training step's phases, and both of them in one launch."""
+    kernel = {"step_rows": _step_rows_kernel, "step_weights": _step_weights_kernel, "steps": _steps_kernel}[
+        which
+    ]
+    for (name, (widths, loss, optimizer, x)), (kind, dtypes) in itertools.product(
+        NETWORKS.items(), DTYPES.items()
+    ):
+        layers = len(widths) - 1
+        if which == "steps":
+            if kind not in PERSISTENT_TILES or why_not_persistent(widths, torch.float16) is not None:
+                continue
+            tiles = [PERSISTENT_TILES[kind]]
+        else:
+            tiles = [(tile, WEIGHTS_TILES[kind]) for tile in ROWS_TILES[kind]]
+            if name == "even":  # for the persistent form, which does without the odd
+                continue
+        if which == "step_weights":
+            tiles = tiles[:1]
+        for (rows_tile, weights_tile), dtype in itertools.product(
+            tiles, dtypes if name == "mnist" else dtypes[:1]
+        ):
+            tile = rows_tile if which == "step_rows" else weights_tile
+            stored, master = (f"*{dtype}:16",) * layers, ("*fp32:16",) * layers
+            copies = stored if kind == "half" else (None,) * layers
+            squares = (None,) * layers if optimizer == "sgd" else master
+            arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
+            arguments |= {"x_ptr": f"*{x}:16", "index_ptr": "*i64:16", "scale": "fp32"}
+            arguments |= {"target_ptr": "*fp32:16" if loss == "mse" else "*i64:16", "arrived_ptr": "*i32:16"}
+            arguments |= {"weights": stored, "biases": master, "hidden": stored[1:], "grads": stored}
+            arguments |= {"parameters": (master, master, copies, master, master, squares, squares)}
+            arguments |= dict.fromkeys(("partials_ptr", "numbers_ptr", "losses_ptr"), "*fp32:16")
+            arguments |= {"WIDTHS": widths, "BLOCKS": tuple(map(block_of, widths)), "LOSS": loss}
+            arguments |= {"OPTIMIZER": optimizer, "NESTEROV": True, "UPCAST": False, "OVERLAP": False}
+            arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
+            arguments |= {"ROWS_BLOCK_M": rows_tile.BLOCK_M, "ROWS_BLOCK_K": rows_tile.BLOCK_K}
+            arguments |= {key: value for key, value in tile._asdict().items() if key.startswith("BLOCK")}
+            arguments = {key: value for key, value in arguments.items() if key in kernel.arg_names}
+            yield Spec(f"{which} {name} {dtype} {kind} {tuple(tile)}", kernel, arguments, kind, tile)
+
+
 def specs(which: str) -> Iterator[Spec]:
     """Every build of one launcher."""
     if which == "linear_forward":
@@ -190,6 +254,14 @@ def specs(which: str) -> Iterator[Spec]:
             arguments |= {"odd_parts": ("i32",) * 3, "sizes": ("i32:16", "i32", "i32:16")}
             arguments |= {"BLOCK_P": block_p, "BLOCK": 2048 // block_p}
             yield Spec(f"add_up {dtype} {block_p} at a time", _add_up_kernel, arguments)
+    elif which in ("step_rows", "step_weights", "steps"):
+        yield from training_steps(which)
+    elif which == "overlapping_step":
+        for phase in ("step_rows", "step_weights"):
+            spec = next(training_steps(phase))
+            yield spec._replace(
+                name=f"step overlapping, {spec.name}", arguments=spec.arguments | {"OVERLAP": True}
+            )
     else:
         raise SystemExit(f"no launcher {which!r}")
 
@@ -211,9 +283,10 @@ def build(spec: Spec, arch: int) -> dict[str, Any]:
 
     def describe(value: Any, place: tuple[int, ...]) -> Any:
         """The type of an argument as Triton writes it, its constants and alignments noted by place."""
-        if isinstance(value, tuple):
+        compiled_in = spec.kernel.params[place[0]].is_constexpr
+        if isinstance(value, tuple) and not compiled_in:
             return tuple(describe(part, (*place, i)) for i, part in enumerate(value))
-        if not isinstance(value, str) or spec.kernel.arg_names[place[0]] == "INPUT_PRECISION":
+        if not isinstance(value, str) or compiled_in:
             constants[place] = value
             return "constexpr"
         type_, _, multiple = value.partition(":")
@@ -234,15 +307,19 @@ def build(spec: Spec, arch: int) -> dict[str, Any]:
     stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     if not used or not stack:
         raise SystemExit(f"ptxas said nothing about {spec.name}:\n{report}")
+    table_says = 16 * 1024 if spec.tile is None else None  # the training step's tiles say nothing of it
+    if isinstance(spec.tile, Tile):
+        table_says = spec.tile.shared_memory(ITEMSIZE[spec.kind or ""])
     return {
         "name": spec.name,
         "kind": spec.kind,
         "registers": int(used[1]),
+        "threads": 32 * compiled.metadata.num_warps,
         "stack": int(stack[1]),
         "spills": int(stack[2]) + int(stack[3]),
         "serialised": re.findall(r"C751[0-6]", report),
         "shared_memory": compiled.metadata.shared,
-        "table_says": spec.tile.shared_memory(ITEMSIZE[spec.kind or ""]) if spec.tile else 16 * 1024,
+        "table_says": table_says,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
         "instructions": disassemble(compiled.asm["cubin"]),
     }

@@ -19,7 +19,9 @@ TENSOR_CORE = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "UTCQMMA")}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SMALLEST_SHARED_MEMORY = 99 * 1024  # sm_86, sm_89, sm_120: nothing that a call takes chooses tiles by chip
 TENSOR_MEMORY_COLUMNS = 512
+REGISTERS = 65536  # of a multiprocessor: a program with more cannot be launched
 KERNELS = ["linear_forward", "grad_input", "grad_weights", "relu_backward"]
+STEPS = ["step_rows", "step_weights", "steps"]  # tiles too small for wgmma and tcgen05: mma on every chip
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: no kernels to compile")
 
@@ -28,9 +30,12 @@ def problems(build: dict[str, Any], arch: int) -> list[str]:
     """What is wrong with one build, in words."""
     found = []
     instructions = build["instructions"]
-    wanted = ("FFMA", "FFMA2") if build["kind"] == "ieee" else TENSOR_CORE[arch]
+    wanted = ("HMMA",) if build["name"].startswith("step") else TENSOR_CORE[arch]
+    wanted = ("FFMA", "FFMA2") if build["kind"] == "ieee" else wanted
     if build["kind"] and not any(instructions.get(name) for name in wanted):
         found.append(f"none of {wanted} in {sorted(instructions)}")
+    if -(-build["registers"] // 8) * 8 * build["threads"] > REGISTERS:
+        found.append(f"{build['registers']} registers for each of {build['threads']} threads")
     if build["spills"]:
         found.append(f"{build['spills']} bytes spilled")
     if build["serialised"]:
@@ -41,7 +46,7 @@ def problems(build: dict[str, Any], arch: int) -> list[str]:
     if build["shared_memory"] > (SHARED_MEMORY[arch] if descriptors else SMALLEST_SHARED_MEMORY):
         found.append(f"{build['shared_memory']} bytes of shared memory")
     # The launcher counts on the table for how many programs fit; the odd bytes are barriers.
-    if build["shared_memory"] > build["table_says"] + 1024:
+    if build["table_says"] is not None and build["shared_memory"] > build["table_says"] + 1024:
         found.append(f"{build['shared_memory']} bytes of shared memory, {build['table_says']} in the table")
     if build["tensor_memory"] > TENSOR_MEMORY_COLUMNS:
         found.append(f"{build['tensor_memory']} columns of tensor memory")
@@ -52,7 +57,10 @@ def problems(build: dict[str, Any], arch: int) -> list[str]:
 
 @pytest.mark.parametrize(
     ("kernel", "arch"),
-    [*itertools.product(KERNELS, (80, 90, 100)), *itertools.product(["grad_input_descriptor"], (90, 100))],
+    [
+        *itertools.product(KERNELS + STEPS, (80, 90, 100)),
+        *itertools.product(["grad_input_descriptor", "overlapping_step"], (90, 100)),
+    ],
 )
 def test_machine_code(kernel: str, arch: int) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

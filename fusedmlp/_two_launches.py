@@ -1,0 +1,270 @@
+"""An MLP's training step in two launches, from a recipe: the optimizer's own state, kept current.
+
+Parameters, state and hyper-parameters are read anew at every call.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from fusedmlp import _dispatch
+from fusedmlp._recipe import Recipe
+
+
+def why_not(
+    recipe: Recipe, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype | None, rows: int | None = None
+) -> str | None:
+    """None if a step on x and y, or on so many ``rows`` of them, is right, else the reason.
+
+    dtype: of the products; None is the model's. With ``rows``, x may be uint8, which stands for 0 to 1.
+    """
+    if (reason := _dispatch.why_no_kernels(x)) is not None:
+        return reason
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured, whose replay would read no hyper-parameters"
+    weight = recipe.weights[0]
+    if type(y) is not torch.Tensor or y.device != x.device or weight.device != x.device:
+        return "x, y and the model are not all on one device"
+    if weight.dtype is not torch.float32:
+        return f"the parameters are {weight.dtype}, and the two-launch step keeps them in float32"
+    if x.dtype is not torch.float32 and (rows is None or x.dtype is not torch.uint8):
+        return f"x is {x.dtype}; the two-launch step reads float32"
+    if x.requires_grad or y.requires_grad:
+        return "x or y requires grad"
+    count, columns = x.shape[0] if x.dim() else 0, x.shape[1:].numel()
+    if columns != weight.shape[1] or not (recipe.flatten or x.dim() == 2):
+        return f"x {tuple(x.shape)} is not a batch of rows of {weight.shape[1]} columns"
+    if recipe.loss == "cross_entropy":
+        if y.dtype is not torch.int64 or y.shape != (count,):
+            return f"y is {tuple(y.shape)} of {y.dtype}; class numbers are known, int64, one for each row"
+    elif y.dtype is not torch.float32 or y.shape != (count, recipe.weights[-1].shape[0]):
+        return f"y is {tuple(y.shape)} of {y.dtype}, not like the output of the model"
+    if any(bias is None for bias in recipe.biases):
+        return "a layer has no bias"
+    tensors = [*recipe.parameters, *(t for state in recipe.states for t in _moments_of(state))]
+    if any(tensor.data_ptr() % 16 for tensor in tensors):
+        return "a parameter or its state does not begin at a multiple of 16 bytes"
+    rows = count if rows is None else rows
+    return _why_not_update(recipe) or _kernels().why_no_step(_widths_of(recipe), rows, dtype or weight.dtype)
+
+
+def _why_not_update(recipe: Recipe) -> str | None:
+    groups = recipe.groups
+    if any(isinstance(group[name], torch.Tensor) for group in groups for name in ("lr", "weight_decay")):
+        return "a learning rate or weight decay is a tensor"
+    if recipe.update == "sgd":
+        if len({(group["momentum"] != 0, group["nesterov"]) for group in groups}) > 1:
+            return "groups of parameters differ in whether they have momentum, or Nesterov's"
+    elif any(not state["step"].is_cpu for state in recipe.states):
+        return "the optimizer counts its steps on the GPU, as with fused=True, and to read that would wait"
+    elif any(isinstance(beta, torch.Tensor) for group in groups for beta in group["betas"]):
+        return "a beta is a tensor"
+    return None
+
+
+class TwoLaunches:
+    """The memory that the steps of one TrainStep share, and the CUDA graph of its last epoch."""
+
+    def __init__(self) -> None:
+        self._made: Any = None  # for which network the memory is
+        self._workspace: Any = None
+        self._order = self._losses = torch.empty(0)
+        # By the number of steps: what the updates multiply by, on the device and as it was sent there.
+        self._numbers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._ran: Any = None  # what an epoch has run, launch by launch
+        self._captured: Any = None  # what the graph holds
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._capturable = True
+
+    def step(
+        self, recipe: Recipe, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype | None
+    ) -> torch.Tensor:
+        """The mean loss, after which parameters and state are those of the next step."""
+        rows = x.shape[0]
+        losses = torch.empty(1, device=x.device)
+        run = self._prepared(recipe, x, y, dtype, rows, 1)
+        _kernels().refresh_copies(run.parameters)
+        run.launch(None, 0, rows, losses, 0)
+        _advance(recipe, 1)
+        return losses[0]
+
+    def epoch(
+        self,
+        recipe: Recipe,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        order: torch.Tensor,
+        batch_size: int,
+        dtype: torch.dtype | None,
+    ) -> torch.Tensor:
+        """A step for each ``batch_size`` of the rows ``order``, the last on what is left; all losses.
+
+        On a GPU the first epoch goes launch by launch, which compiles the kernels; the second is captured in
+        a CUDA graph, and replayed as long as it reads and writes the same memory in the same way.
+        """
+        steps = -(-len(order) // batch_size)
+        run = self._prepared(recipe, images, labels, dtype, batch_size, steps)
+        if self._order.shape != order.shape or len(self._losses) != steps:
+            self._order, self._losses = torch.empty_like(order), torch.empty(steps, device=order.device)
+        self._order.copy_(order)
+
+        def launch_all() -> None:
+            _kernels().refresh_copies(run.parameters)
+            for i in range(steps):
+                rows = min(batch_size, len(order) - i * batch_size)
+                run.launch(self._order, i * batch_size, rows, self._losses, i)
+
+        compiled = (run.identity(), batch_size, len(order) % batch_size)
+        rest = (run.numbers, self._order, self._losses)
+        whole = (compiled, len(order), *(tensor.data_ptr() for tensor in rest))
+        replay = images.is_cuda and compiled == self._ran and self._capturable
+        if replay and whole != self._captured:
+            replay = self._capture(launch_all, images.device)
+            self._captured = whole if replay else None
+        if replay and self._graph is not None:
+            with torch.cuda.device(images.device):
+                self._graph.replay()
+        else:
+            launch_all()
+            self._ran = compiled
+        _advance(recipe, steps)
+        return self._losses.clone()
+
+    def _capture(self, run: Callable[[], None], device: torch.device) -> bool:
+        """Whether the graph holds now what ``run`` launches."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device(device), torch.cuda.graph(graph):
+                run()
+        except RuntimeError as error:
+            text = f"an epoch could not be captured in a CUDA graph, and goes launch by launch: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+            self._capturable = False
+            return False
+        self._graph = graph
+        return True
+
+    def _prepared(
+        self,
+        recipe: Recipe,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        dtype: torch.dtype | None,
+        rows: int,
+        steps: int,
+    ) -> "_Run":
+        """What a step launches, with its hyper-parameters on the device."""
+        kernels, device = _kernels(), x.device
+        dtype, widths = dtype or torch.float32, _widths_of(recipe)
+        if self._made != (widths, dtype, device) or self._workspace.rows < rows:
+            self._workspace = kernels.workspace_for(widths, rows, dtype, device)
+            self._made, self._ran, self._captured, self._graph = (widths, dtype, device), None, None, None
+            self._order = self._losses = torch.empty(0)
+            self._numbers.clear()
+        numbers = _numbers_of(recipe, steps)
+        there, sent = self._numbers.get(steps, (None, None))
+        if there is None or sent is None or not torch.equal(sent, numbers):
+            if there is None:
+                there = torch.empty_like(numbers, device=device)
+            # From memory that the copy need not wait for, and that is not written to again.
+            there.copy_(numbers.pin_memory() if x.is_cuda else numbers, non_blocking=True)
+            self._numbers[steps] = there, numbers
+        nesterov = bool(recipe.groups[0].get("nesterov", False))
+        network = kernels.Network(widths, recipe.loss, recipe.update, nesterov)
+        x = x.detach().flatten(1).contiguous()
+        parameters = _parameters_of(recipe, self._workspace.copies)
+        return _Run(x, y.detach().contiguous(), parameters, network, there, self._workspace)
+
+
+class _Run(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+    parameters: Any
+    network: Any
+    numbers: torch.Tensor
+    workspace: Any
+
+    def launch(self, index: torch.Tensor | None, first: int, rows: int, losses: torch.Tensor, i: int) -> None:
+        scale = 1.0 if self.x.is_floating_point() else 1 / 255
+        _kernels().train_step(
+            self.x, index, first, rows, self.y, self.parameters, self.network, self.numbers, losses, i,
+            self.workspace, scale,
+        )  # fmt: skip
+
+    def identity(self) -> tuple[Any, ...]:
+        """What has to be the same for a replay to be right: the caller's memory, and what is compiled in."""
+        tensors = [self.x, self.y, *(t for group in self.parameters for t in group)]
+        addresses = tuple(None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in tensors)
+        return addresses, self.network, _dispatch.kernels().arithmetic(torch.float32)
+
+
+def _kernels() -> Any:
+    return _dispatch.kernels().step
+
+
+def _widths_of(recipe: Recipe) -> tuple[int, ...]:
+    return (recipe.weights[0].shape[1], *(weight.shape[0] for weight in recipe.weights))
+
+
+def _moments_of(state: dict[str, Any]) -> list[torch.Tensor]:
+    return [
+        state[name] for name in ("momentum_buffer", "exp_avg", "exp_avg_sq") if state.get(name) is not None
+    ]
+
+
+def _parameters_of(recipe: Recipe, copies: tuple[torch.Tensor | None, ...]) -> Any:
+    """The parameters and what the optimizer keeps of them, which all have biases, for the kernels."""
+    moments: list[torch.Tensor | None] = [None] * len(recipe.parameters)
+    squares = list(moments)
+    for i, (group, state) in enumerate(zip(recipe.groups, recipe.states, strict=True)):
+        if recipe.update != "sgd":
+            moments[i], squares[i] = state["exp_avg"], state["exp_avg_sq"]
+        elif group["momentum"] != 0:
+            moments[i] = state["momentum_buffer"]
+    # Detached: Triton and CUDA graphs have nothing to do with autograd.
+    weights = tuple(weight.detach() for weight in recipe.weights)
+    biases = tuple(bias.detach() for bias in recipe.biases if bias is not None)
+    pairs = (tuple(part) for part in (moments[::2], moments[1::2], squares[::2], squares[1::2]))
+    return _kernels().Parameters(weights, biases, copies, *pairs)
+
+
+def _numbers_of(recipe: Recipe, steps: int) -> torch.Tensor:
+    """``(steps, parameters, 8)`` float32 on the CPU: what each update multiplies by."""
+    kernels = _kernels()
+    known: dict[Any, Any] = {}
+    rows = []
+    for group, state in zip(recipe.groups, recipe.states, strict=True):
+        done = 0.0 if recipe.update == "sgd" else state["step"].item()
+        key = (id(group), done)
+        if key not in known:
+            if recipe.update == "sgd":
+                known[key] = kernels.sgd_numbers(
+                    group["lr"], group["momentum"], group["dampening"], group["weight_decay"]
+                )
+            else:
+                step = done + 1.0
+                if steps > 1:
+                    step = torch.arange(1, steps + 1, dtype=torch.float64) + done
+                known[key] = kernels.adam_numbers(
+                    group["lr"], group["betas"], group["eps"], group["weight_decay"],
+                    recipe.update == "adamw", step,
+                )  # fmt: skip
+                if steps > 1:
+                    numbers = [torch.as_tensor(n, dtype=torch.float64).expand(steps) for n in known[key]]
+                    known[key] = torch.stack(numbers, dim=1).float()
+        rows.append(known[key])
+    if isinstance(rows[0], torch.Tensor):
+        return torch.stack(rows, dim=1)
+    return torch.tensor([rows], dtype=torch.float32).expand(steps, -1, -1).contiguous()
+
+
+def _advance(recipe: Recipe, steps: int) -> None:
+    """What else so many steps leave behind: no gradients, the optimizer's count, and for autograd's checks
+    that the parameters have changed."""
+    for parameter in recipe.parameters:
+        parameter.grad = None
+    torch.autograd.graph.increment_version(recipe.parameters)
+    if recipe.update != "sgd":
+        torch._foreach_add_([state["step"] for state in recipe.states], float(steps))

@@ -1,0 +1,167 @@
+"""A training step's first phase, over rows: gather, forward, loss, and backward through the activations.
+
+A program carries BLOCK_M rows through all layers and back. No row looks at another: what the weights' phase
+sums over the rows, activations and their gradients, is stored for it.
+"""
+
+import triton
+import triton.language as tl
+
+IGNORED: tl.constexpr = tl.constexpr(-100)  # the class that cross_entropy leaves out
+
+
+@triton.jit
+def _product(
+    a_ptr,
+    a_rows,  # (BLOCK_M,) where the rows of a start, (BLOCK_M, K) with contiguous rows
+    valid_m,
+    b_ptr,  # (K, C)
+    like_ptr,  # of the dtype in which to multiply
+    scale,  # what integers in a are multiplied by
+    zero,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    stride_bk: tl.constexpr,
+    stride_bc: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """``a @ b`` in float32, (BLOCK_M, BLOCK_C), where C <= BLOCK_C: zeros past the last row and column."""
+    offs_k = zero + tl.arange(0, BLOCK_K)
+    offs_c = zero + tl.arange(0, BLOCK_C)
+    acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    for k in tl.range(0, K + zero, BLOCK_K):
+        valid_k = offs_k < K - k
+        a = tl.load(
+            a_ptr + a_rows[:, None] + (k + offs_k)[None, :], mask=valid_m[:, None] & valid_k[None, :], other=0
+        )
+        b = tl.load(
+            b_ptr + (k + offs_k)[:, None] * stride_bk + offs_c[None, :] * stride_bc,
+            mask=valid_k[:, None] & (offs_c < C)[None, :],
+            other=0.0,
+        )
+        a = as_number(a, like_ptr, scale)
+        if UPCAST:  # Triton's interpreter computes bfloat16 products wrongly
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def as_number(x, like_ptr, scale):
+    """x in the dtype of like_ptr, what was stored as integers (pixels) times scale."""
+    if x.dtype.is_int():
+        x = x.to(tl.float32) * scale
+    return x.to(like_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _cross_entropy(z, target_ptr, source, valid_m, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``(loss, counted, gradient)`` of logits z (BLOCK_M, BLOCK_N) for class indices, neither divided yet.
+
+    A class that does not exist makes its row's loss NaN.
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    label = tl.load(target_ptr + source, mask=valid_m, other=0).to(tl.int64)
+    counted = valid_m & (label != IGNORED)
+    exists = counted & (label >= 0) & (label < N)
+    z = tl.where((offs_n < N)[None, :], z, float("-inf"))
+    top = tl.max(z, axis=1)
+    e = tl.exp(z - top[:, None])
+    total = tl.sum(e, axis=1)
+    hit = offs_n[None, :] == label[:, None]
+    loss = top + tl.log(total) - tl.sum(tl.where(hit, z, 0.0), axis=1)
+    loss = tl.where(exists, loss, tl.where(counted, float("nan"), 0.0))
+    grad = e / total[:, None] - tl.where(hit, 1.0, 0.0)
+    return loss, counted.to(tl.float32), tl.where(exists[:, None], grad, 0.0)
+
+
+@triton.jit
+def _squared_error(z, target_ptr, source, valid_m, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The same for the squared error to targets (..., N), without the gradient's factor 2."""
+    offs_n = tl.arange(0, BLOCK_N)
+    valid = valid_m[:, None] & (offs_n < N)[None, :]
+    target = tl.load(target_ptr + source[:, None] * N + offs_n[None, :], mask=valid, other=0.0)
+    grad = tl.where(valid, z - target.to(tl.float32), 0.0)
+    return tl.sum(grad * grad, axis=1), tl.where(valid_m, 1.0 * N, 0.0), grad
+
+
+@triton.jit
+def rows_of_step(
+    tile,  # which BLOCK_M rows
+    tiles,  # of how many: the pitch of partials
+    first,  # where the step's rows start in index, or without one in x
+    rows,  # of this step
+    x_ptr,  # (..., WIDTHS[0]), contiguous, integers or floats
+    index_ptr,  # (...,) the order in which rows are taken, or None
+    target_ptr,  # class indices (...,), or numbers (..., WIDTHS[-1]), contiguous
+    weights,  # of each layer: (N, K), contiguous, of the dtype in which to multiply
+    biases,  # (N,) float32
+    hidden,  # of each layer but the last: its output, (rows, BLOCK of N), the same dtype
+    grads,  # of each layer: the gradient of its product, likewise
+    partials_ptr,  # (2, tiles): sums of the loss and of what it is the mean of
+    scale,
+    zero,  # 0, which the compiler does not know: see step.unknown_zero
+    WIDTHS: tl.constexpr,  # of x and of each layer's output
+    BLOCKS: tl.constexpr,  # the powers of two that hold them
+    LOSS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid_m = m < rows
+    m = m.to(tl.int64)
+    source = m + first
+    if index_ptr is not None:
+        source = tl.load(index_ptr + source, mask=valid_m, other=0).to(tl.int64)
+    last: tl.constexpr = len(WIDTHS) - 2
+    for i in tl.static_range(last + 1):
+        if i == 0:
+            a_ptr, a_rows = x_ptr, source * WIDTHS[0]
+        else:
+            # Other threads of this program have stored what comes next.
+            tl.debug_barrier()
+            a_ptr, a_rows = hidden[i - 1], m * BLOCKS[i]
+        z = _product(
+            a_ptr, a_rows, valid_m, weights[i], weights[i], scale, zero,
+            WIDTHS[i], WIDTHS[i + 1], 1, WIDTHS[i], BLOCK_M, BLOCK_K, BLOCKS[i + 1], INPUT_PRECISION, UPCAST,
+        )  # fmt: skip
+        offs_n = zero + tl.arange(0, BLOCKS[i + 1])
+        z += tl.load(biases[i] + offs_n, mask=offs_n < WIDTHS[i + 1], other=0.0)[None, :]
+        if i < last:
+            # max() drops NaN unless told to keep it; torch.relu keeps it.
+            h = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            tile_of_hidden = hidden[i] + m[:, None] * BLOCKS[i + 1] + offs_n[None, :]
+            tl.store(tile_of_hidden, h.to(hidden[i].dtype.element_ty), mask=valid_m[:, None])
+        else:
+            if LOSS == "cross_entropy":
+                loss, counted, grad = _cross_entropy(
+                    z, target_ptr, source, valid_m, WIDTHS[i + 1], BLOCKS[i + 1]
+                )
+            else:
+                loss, counted, grad = _squared_error(
+                    z, target_ptr, source, valid_m, WIDTHS[i + 1], BLOCKS[i + 1]
+                )
+            tl.store(partials_ptr + tile, tl.sum(loss, axis=0))
+            tl.store(partials_ptr + tiles + tile, tl.sum(counted, axis=0))
+            tile_of_grad = grads[i] + m[:, None] * BLOCKS[i + 1] + offs_n[None, :]
+            tl.store(tile_of_grad, grad.to(grads[i].dtype.element_ty), mask=valid_m[:, None])
+    for j in tl.static_range(last):
+        tl.debug_barrier()
+        grad = _product(
+            grads[last - j], m * BLOCKS[last - j + 1], valid_m, weights[last - j], weights[last - j], scale,
+            zero, WIDTHS[last - j + 1], WIDTHS[last - j], WIDTHS[last - j], 1,
+            BLOCK_M, BLOCK_K, BLOCKS[last - j], INPUT_PRECISION, UPCAST,
+        )  # fmt: skip
+        offs_k = m[:, None] * BLOCKS[last - j] + (zero + tl.arange(0, BLOCKS[last - j]))[None, :]
+        h = tl.load(hidden[last - j - 1] + offs_k, mask=valid_m[:, None], other=0.0)
+        # torch's rule: 0 where the output is <= 0, passed everywhere else, so also where it is NaN.
+        grad = tl.where(h.to(tl.float32) <= 0.0, 0.0, grad)
+        grads_ptr = grads[last - j - 1]
+        tl.store(grads_ptr + offs_k, grad.to(grads_ptr.dtype.element_ty), mask=valid_m[:, None])
