@@ -3,13 +3,12 @@
 The same formulas as autograd's, in PyTorch's own operators, so NaN and infinities go where they go there.
 """
 
-import functools
-import pathlib
 from typing import Any
 
 import torch
 from torch.optim.adam import adam
 
+from fusedmlp import _onednn
 from fusedmlp._recipe import Recipe
 
 _aten = torch.ops.aten
@@ -18,9 +17,6 @@ _nll_loss, _nll_loss_backward = _aten.nll_loss_forward.default, _aten.nll_loss_b
 _log_softmax_backward = _aten._log_softmax_backward_data.default
 _mse_loss, _mse_loss_backward = _aten.mse_loss.default, _aten.mse_loss_backward.default
 _MEAN, _IGNORE_INDEX = 1, -100  # of the losses' reductions, and cross_entropy's default
-
-# Multiplications below which oneDNN's product takes longer than MKL's: measured on Zen 5.
-_LEAST_FOR_ONEDNN = 2e6
 
 
 def why_not(recipe: Recipe, x: torch.Tensor, y: torch.Tensor) -> str | None:
@@ -78,9 +74,12 @@ def run(
         weights: list[torch.Tensor] = list(recipe.weights)
         if compute_dtype is not None:
             weights = [weight.to(compute_dtype) for weight in weights]
-        onednn = None
-        if x.dtype is torch.float32 and compute_dtype is None and torch._C._get_mkldnn_enabled():
-            onednn = _onednn()
+        onednn = (
+            x.dtype is torch.float32
+            and compute_dtype is None
+            and _onednn.why_not_here() is None
+            and _onednn.why_switched_off() is None
+        )
         x = (x.flatten(1) if recipe.flatten else x).to(compute_dtype or x.dtype)
         tensors = _forward(recipe, weights, x, onednn)
         loss, tensors[-1] = _loss(recipe, tensors[-1], y, 1 / accumulate)
@@ -104,7 +103,9 @@ def run(
     return loss
 
 
-def _forward(recipe: Recipe, weights: list[torch.Tensor], x: torch.Tensor, onednn: Any) -> list[torch.Tensor]:
+def _forward(
+    recipe: Recipe, weights: list[torch.Tensor], x: torch.Tensor, onednn: bool
+) -> list[torch.Tensor]:
     """What goes into each layer, and what comes out of the last."""
     tensors = [x]
     for weight, bias in zip(weights, recipe.biases, strict=True):
@@ -131,7 +132,7 @@ def _backward(
     weights: list[torch.Tensor],
     tensors: list[torch.Tensor],
     at_once: bool,
-    onednn: Any,
+    onednn: bool,
 ) -> list[torch.Tensor]:
     """The gradients of the parameters; none if at once each was subtracted from its parameter.
 
@@ -168,7 +169,7 @@ def _backward(
 
 
 def _riding(
-    weight: torch.Tensor, x: torch.Tensor, group: dict[str, Any], onednn: Any
+    weight: torch.Tensor, x: torch.Tensor, group: dict[str, Any], onednn: bool
 ) -> tuple[float, float] | None:
     """beta and alpha with which the product that is the gradient updates the weight in the same pass.
 
@@ -178,7 +179,7 @@ def _riding(
     if (
         group["momentum"] != 0
         or x.dtype is not weight.dtype
-        or (onednn is not None and x.shape[0] * weight.numel() > _LEAST_FOR_ONEDNN)
+        or (onednn and _pieces(weight.numel(), x.shape[0]) > 0)
     ):
         return None
     lr = float(group["lr"])
@@ -231,24 +232,36 @@ def _update(recipe: Recipe, grads: list[torch.Tensor]) -> None:
         )
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, onednn: Any) -> torch.Tensor:
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, onednn: bool) -> torch.Tensor:
     if bias is not None:
         bias = bias.to(x.dtype)
-    if onednn is not None and x.shape[0] * weight.numel() > _LEAST_FOR_ONEDNN:
-        return onednn(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    if onednn and _onednn.pays(x.shape[0] * weight.numel(), weight.shape[1]):
+        return _onednn.product(x, weight, bias)
     return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
-def _grad_input(grad_output: torch.Tensor, weight: torch.Tensor, onednn: Any) -> torch.Tensor:
-    if onednn is not None and grad_output.shape[0] * weight.numel() > _LEAST_FOR_ONEDNN:
-        return onednn(grad_output, weight.t(), None, "none", [], "")  # type: ignore[no-any-return]
+def _grad_input(grad_output: torch.Tensor, weight: torch.Tensor, onednn: bool) -> torch.Tensor:
+    if onednn and _onednn.pays(grad_output.shape[0] * weight.numel(), weight.shape[0]):
+        return _onednn.product(grad_output, weight.t())
     return grad_output.mm(weight)
 
 
-def _grad_weight(grad_output: torch.Tensor, x: torch.Tensor, onednn: Any) -> torch.Tensor:
-    if onednn is not None and x.numel() * grad_output.shape[1] > _LEAST_FOR_ONEDNN:
-        return onednn(grad_output.t(), x.t(), None, "none", [], "")  # type: ignore[no-any-return]
-    return grad_output.t().mm(x)
+def _grad_weight(grad_output: torch.Tensor, x: torch.Tensor, onednn: bool) -> torch.Tensor:
+    pieces = _pieces(grad_output.shape[1] * x.shape[1], x.shape[0]) if onednn else 0
+    if pieces == 0:
+        return grad_output.t().mm(x)
+    total = None
+    for g, rows in zip(grad_output.tensor_split(pieces), x.tensor_split(pieces), strict=True):
+        part = _onednn.product(g.t(), rows.t())
+        total = part if total is None else total.add_(part)
+    return total  # type: ignore[return-value]  # there is a piece
+
+
+def _pieces(numel: int, rows: int) -> int:
+    """Into how many pieces of rows oneDNN's product for a weight gradient of so many values is cut, to keep
+    its sums as right as MKL's; 0 if it does not pay."""
+    pieces = -(-rows // _onednn.MOST_TERMS)
+    return pieces if _onednn.pays(rows // pieces * numel, -(-rows // pieces)) else 0
 
 
 def why_not_bfloat16() -> str | None:
@@ -258,22 +271,3 @@ def why_not_bfloat16() -> str | None:
         if probe is not None and probe():
             return None
     return "this CPU has neither AMX nor AVX512-BF16, as far as PyTorch can tell"
-
-
-@functools.cache
-def _onednn() -> Any:
-    """oneDNN's float32 product, or None where PyTorch's own, MKL's, is as fast.
-
-    MKL uses AVX-512 on Intel's CPUs only; oneDNN also on AMD's, where it takes less than half the time since
-    Zen 5, which has the units for it. The operator is private, so it may be missing.
-    """
-    try:
-        operator = torch.ops.mkldnn._linear_pointwise.default
-        information = pathlib.Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    except (AttributeError, RuntimeError, OSError):
-        return None
-    lines = (line.partition(":") for line in information.splitlines())
-    cpu = {name.strip(): value.strip() for name, _, value in lines}
-    zen_5 = cpu.get("vendor_id") == "AuthenticAMD" and int(cpu.get("cpu family", 0)) >= 26
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-    return operator if zen_5 and wide and torch.backends.mkl.is_available() else None

@@ -1,12 +1,13 @@
-"""float32 layers without a gradient by oneDNN's product, on the CPUs where MKL's takes twice the time.
+"""float32 products without a gradient by oneDNN, on the CPUs where MKL's takes twice the time.
 
-PyTorch's float32 product is MKL's, which makes no use of AVX512 on AMD's CPUs; oneDNN's does: 1.15 to 2.6
-times as fast within the limits below, on one thread of an AMD EPYC (family 26, torch 2.14.1). On Intel's it
-is 0.85 to 1.2 times as fast, and stays out. The ReLU is PyTorch's, in place: oneDNN's own makes 0 of NaN, and
+PyTorch's float32 product is MKL's, which makes no use of AVX-512 on AMD's CPUs; oneDNN's does: 1.15 to 2.6
+times as fast within the limits below, on one thread of an AMD EPYC (Zen 5, torch 2.14.1). On Intel's it is
+0.85 to 1.2 times as fast, and stays out. The ReLU is PyTorch's, in place: oneDNN's own makes 0 of NaN, and
 that is why its fused Linear+ReLU for bfloat16, 1.02 to 1.3 times as fast there, is not used.
 """
 
 import functools
+import pathlib
 
 import torch
 from torch.autograd import forward_ad
@@ -19,7 +20,7 @@ _LEAST_PRODUCTS = 2_000_000  # multiplications per thread: below, its 10 us a ca
 _LEAST_ROWS = 8  # below, both wait for the weight to come from memory
 _LEAST_INPUTS = 2048  # below, nothing else is asked: at batch 1 that would be a tenth of the call
 # Its sums are longer chains than MKL's: of 1024 terms the error is 1.6 times MKL's in RMS, of 2048 2.2 times.
-_MOST_TERMS = 1024
+MOST_TERMS = 1024
 
 
 def off() -> bool:
@@ -81,33 +82,37 @@ def why_not(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     columns = x.shape[-1] if x.dim() else 0
     if len(shape) != 2 or columns != shape[1] or not (bias is None or bias.shape == shape[:1]):
         return "the shapes do not fit"
-    if (
-        x.numel() < max(_LEAST_INPUTS, _LEAST_ROWS * columns)
-        or x.numel() * shape[0] < _LEAST_PRODUCTS * torch.get_num_threads()
-    ):
+    if columns > MOST_TERMS:
+        return f"over sums of more than {MOST_TERMS} terms oneDNN's error grows beyond MKL's"
+    if x.numel() < max(_LEAST_INPUTS, _LEAST_ROWS * columns) or not pays(x.numel() * shape[0], columns):
         return "too little to pay for the call"
-    if columns > _MOST_TERMS:
-        return f"over sums of more than {_MOST_TERMS} terms oneDNN's error grows beyond MKL's"
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if not all(t.dtype is torch.float32 and t.is_cpu and t.layout is torch.strided for t in tensors):
         return "a tensor is not float32 on the CPU"
     if not all(t.is_contiguous() and not t.is_neg() for t in tensors):
         return "a tensor is not contiguous"
-    return _why_not_now()
-
-
-def _why_not_now() -> str | None:
-    """What the settings of the caller say."""
-    if plain_torch():
-        return "backend('torch') is in force"
     if torch.is_autocast_enabled("cpu"):
         return "autocast keeps the weights that it cast"
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    if not torch.backends.mkldnn.enabled or matmul.fp32_precision not in ("none", "ieee"):
-        return "torch.backends.mkldnn is set to something else"
+    if (reason := why_switched_off()) is not None:
+        return reason
     if _reference.watched() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a mode or a transform is active"
     return None
+
+
+def why_switched_off() -> str | None:
+    """What the settings of the caller say against it."""
+    if plain_torch():
+        return "backend('torch') is in force"
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    if not torch._C._get_mkldnn_enabled() or matmul.fp32_precision not in ("none", "ieee"):
+        return "torch.backends.mkldnn is set to something else"
+    return None
+
+
+def pays(multiplications: int, terms: int) -> bool:
+    """Whether a product of so many multiplications, in sums of so many terms, is right and worth it."""
+    return multiplications >= _LEAST_PRODUCTS * torch.get_num_threads() and terms <= MOST_TERMS
 
 
 @functools.cache
@@ -115,10 +120,20 @@ def why_not_here() -> str | None:
     """The reason against this CPU and this PyTorch."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return "this PyTorch has no choice between MKL and oneDNN"
-    cpu = torch.cpu.get_capabilities()
-    if "AMD" not in cpu.get("cpu_name", "") or not cpu.get("avx512_f"):
+    if not (_is_zen_5() and torch.backends.cpu.get_cpu_capability() == "AVX512"):
         return "on this CPU oneDNN's product is not known to be faster"
     return None if _is_right() else "this PyTorch's oneDNN did not give the right values"
+
+
+def _is_zen_5() -> bool:
+    """Or newer: AMD's first with full-width AVX-512 units."""
+    try:
+        about = pathlib.Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:  # not Linux
+        return False
+    lines = (line.partition(":") for line in about.splitlines())
+    cpu = {name.strip(): value.strip() for name, _, value in lines}
+    return cpu.get("vendor_id") == "AuthenticAMD" and int(cpu.get("cpu family", 0)) >= 26
 
 
 def _is_right() -> bool:

@@ -131,7 +131,7 @@ BELOW: dict[str, set[str]] = {
     "train": {"_capture", "_direct", "_dispatch", "_recipe", "_two_launches"},
     "_two_launches": {"_dispatch", "_recipe"},
     "_capture": {"_dispatch", "_recipe"},
-    "_direct": {"_recipe"},
+    "_direct": {"_onednn", "_recipe"},
     "_recipe": {"_dispatch", "nn"},
     "_tune": {"_dispatch", "_tuning", "functional"},
     "_tuning": {"_dispatch", "_measure", "_version", "functional"},
