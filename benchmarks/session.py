@@ -99,11 +99,31 @@ def _profiles(s: Setting) -> list[str]:
     return _python("benchmarks.profiles", "--out", str(s.out), "--cases", "1" if s.dry_run else "6")
 
 
+def _steps(s: Setting) -> list[str]:
+    return _python("benchmarks.step_kernels", "--output", str(s.out / "steps.json"), *s.dry)
+
+
+def _mnist(s: Setting, *arguments: str) -> list[str]:
+    return [sys.executable, "examples/train_mnist.py", *arguments]
+
+
+def _ladder(s: Setting) -> list[str]:
+    size = ["--batch-size", "512", "--epochs", "1" if s.dry_run else "5"]
+    return _mnist(s, "--ladder", *size, "--log", str(s.out / "mnist-ladder.json"))
+
+
+def _race(s: Setting) -> list[str]:
+    return _mnist(s, "--race", "--seeds", "1" if s.dry_run else "10", "--log", str(s.out / "mnist-race.json"))
+
+
 PARTS = (
     Part("the kernels' tests", 2, _kernels_tests),
     Part("all tests that a GPU can run", 3, _all_tests),
     Part("numerics at real sizes against float64", 2, _numerics, lines=2),
     Part("compute-sanitizer", 2, _sanitizer, lines=2),
+    Part("the training step: launches, graphs, the persistent form", 2, _steps, lines=8),
+    Part("MNIST, the ladder", 2, _ladder, lines=20),
+    Part("MNIST, the race to 98 %", 1, _race, lines=6),
     Part("tuning", 5, _tuning),
     Part("benchmarks", 8, _benchmarks, lines=5),
     Part("tables and plots, in report/", 1, _report, lines=0),
@@ -115,10 +135,11 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "gpu-session",
         help="everything that a rented card is worth",
-        description="Tests, numerics, compute-sanitizer, tuning, benchmarks and profiles, in order of value. "
-        "A part that fails or takes too long loses nothing before it and stops nothing after it. To be "
-        "brought back from DIR: summary.md, log.txt, results.json and the table tuned_*.json; report/ comes "
-        "from results.json. With the DIR of an interrupted session tuning and benchmarks go on from there.",
+        description="Tests, numerics, compute-sanitizer, training steps, MNIST, tuning, benchmarks and "
+        "profiles, in order of value. A part that fails or takes too long loses nothing before it and stops "
+        "nothing after it. To be brought back from DIR: summary.md, log.txt and all *.json, of which "
+        "tuned_*.json is a table for kernels/; report/ comes from results.json. With the DIR of an "
+        "interrupted session tuning and benchmarks go on from there.",
         epilog="example: python -m benchmarks gpu-session --out session --minutes 28",
     )
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR")
