@@ -34,27 +34,28 @@ class Form(NamedTuple):
 
 
 # All are compiled for sm_80, sm_90 and sm_100 by tests/test_codegen.py. None has been timed yet.
-FEW_ROWS: dict[str, Form] = {  # a block for every multiprocessor
+FEW_ROWS: dict[str, Form] = {  # a block for every multiprocessor; and irregular operands, in small pieces
     "half": Form(16, 64, 8, 2, True),
     "tf32": Form(16, 32, 8, 2, True),
     "ieee": Form(16, 16, 8, 2, True),
 }
-IN_REGISTERS: dict[str, Form] = {
-    "half": Form(64, 64, 8, 2, False),
-    "tf32": Form(64, 32, 8, 2, False),
-}
-THROUGH_CACHE: dict[str, Form] = {  # wider layers, irregular operands; and IEEE products, in small pieces
-    "half": Form(64, 32, 8, 2, True),
-    "tf32": Form(64, 32, 8, 2, True),
+THROUGH_CACHE: dict[str, Form] = {
+    "half": Form(64, 64, 8, 2, True),
+    "tf32": Form(32, 32, 8, 2, True),
     "ieee": Form(32, 16, 8, 2, True),
 }
+# For the forward, whose hidden activations need not be stored; of the backward every gradient is. Wider
+# layers and float32 do not fit in the registers.
+IN_REGISTERS = Form(64, 64, 8, 2, False)
 
 # A launch that is saved is worth the time in which a multiprocessor reads so many bytes of weights from the
 # L2 cache: about 2 us, at 64 bytes a clock.
 BYTES_A_LAUNCH = 2**18
 
 
-def select_form(M: int, widths: Sequence[int], kind: str, regular: bool, num_sms: int) -> Form | None:
+def select_form(
+    M: int, widths: Sequence[int], kind: str, regular: bool, forward: bool, num_sms: int
+) -> Form | None:
     """The form for M rows through layers of these widths, or None: they are too many or too wide.
 
     widths: of the first layer's input, then of each layer's output; regular: all that is read is, see
@@ -62,10 +63,10 @@ def select_form(M: int, widths: Sequence[int], kind: str, regular: bool, num_sms
     """
     if len(widths) - 1 > MOST_LAYERS or max(widths[1:]) > WIDEST or min(widths) < 1:
         return None
-    if cdiv(M, FEW_ROWS[kind].BLOCK_M) <= num_sms:
+    if not regular or cdiv(M, FEW_ROWS[kind].BLOCK_M) <= num_sms:
         return FEW_ROWS[kind]
-    if regular and max(widths[1:]) <= WIDEST_IN_REGISTERS and kind in IN_REGISTERS:
-        return IN_REGISTERS[kind]
+    if forward and kind == "half" and max(widths[1:]) <= WIDEST_IN_REGISTERS:
+        return IN_REGISTERS
     return THROUGH_CACHE[kind]
 
 
@@ -254,7 +255,7 @@ def _plan(
     """None where one launch a layer is better."""
     num_sms = setting.device.num_sms
     if form is None:
-        form = select_form(M, widths, setting.kind, regular, num_sms)
+        form = select_form(M, widths, setting.kind, regular, True, num_sms)
         hidden = widths[1:-1]
         columns = 2 * sum(hidden) - sum(hidden[keep:])  # written and read, or read
         weights = sum(N * K for K, N in itertools.pairwise(widths))
@@ -283,14 +284,10 @@ def narrow_forward(
     form: that one, whatever is better, for tests and timings.
     """
     M = x.shape[0]
-    if M == 0 or not all(map(counts_in_32_bits, (x, *weights))):
+    steps = [0 if bias is None else bias.stride(0) for bias in biases]
+    if M == 0 or max(steps) >= 2**22 or not all(map(counts_in_32_bits, (x, *weights))):
         return None
-    strides = tuple(
-        [
-            (*weight.stride(), 0 if b is None else b.stride(0))
-            for weight, b in zip(weights, biases, strict=True)
-        ]
-    )
+    strides = tuple([(*weight.stride(), step) for weight, step in zip(weights, steps, strict=True)])
     widths = (x.shape[1], *[weight.shape[0] for weight in weights])
     regular = is_regular(x) and all(map(is_regular, weights))
     plan = _plan(M, widths, strides, final_relu, keep, regular, setting, form)
@@ -301,13 +298,8 @@ def narrow_forward(
         x.new_empty(M if i >= keep else scratch_rows, N) if i >= keep or scratch_rows else None
         for i, N in enumerate(widths[1:])
     ]
-    launch(
-        _narrow_forward_kernel,
-        grid,
-        x,
-        (x, tuple(weights), tuple(biases), tuple(ys), M, *x.stride(), 0),
-        options,
-    )
+    args = (x, tuple(weights), tuple(biases), tuple(ys), M, *x.stride(), 0)
+    launch(_narrow_forward_kernel, grid, x, args, options)
     return [y for y in ys[keep:] if y is not None]
 
 

@@ -101,7 +101,7 @@ def _narrow_backward_kernel(
                 )  # fmt: skip
         for i in tl.static_range(L - 1, -1, -1):  # the layer whose input gradient is computed
             held = None if STAGED else grad_z
-            if STAGED and (i < L - 1 or FINAL_RELU):
+            if STAGED and (i < L - 1 or FINAL_RELU) and (i > 0 or grad_x_ptr is not None):
                 a_ptr = grad_z_ptrs[i] + first_m * WIDTHS[i + 1]
                 stride_am = WIDTHS[i + 1]
                 stride_an = 1
@@ -154,7 +154,7 @@ def _plan(
     """None where one launch a layer is better."""
     num_sms = setting.device.num_sms
     if form is None:
-        form = select_form(M, widths, setting.kind, regular, num_sms)
+        form = select_form(M, widths, setting.kind, regular, False, num_sms)
         sizes = list(itertools.pairwise(widths))[0 if need_x else 1 :]
         launches = len(sizes) + final_relu - 1
         weights = sum(K * N for K, N in sizes)
@@ -163,9 +163,7 @@ def _plan(
             form is None
             or launches < 1
             or setting.table.knows(setting.kind, M, widths)
-            or not wins(
-                form, M, weights, launches, columns, ITEMSIZE[setting.kind], num_sms
-            )
+            or not wins(form, M, weights, launches, columns, ITEMSIZE[setting.kind], num_sms)
         ):
             return None
     options = options_of(form, widths, setting)

@@ -27,7 +27,7 @@ Chain = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]
     ]
 )
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """PyTorch's operators; the kernels, which take small chains in one launch; and a launch for each layer."""
+    """PyTorch's operators; the kernels, small chains in one launch; the kernels, one launch a layer."""
     name = request.param
     if name == "one by one":
         from fusedmlp.kernels import mlp as room

@@ -23,8 +23,11 @@ from fusedmlp.kernels.narrow import FEW_ROWS, IN_REGISTERS, THROUGH_CACHE, Form,
 pytestmark = pytest.mark.kernels
 
 KIND = {torch.float32: "ieee", torch.float16: "half", torch.bfloat16: "half"}
-IN_REGISTERS_OF = {"ieee": Form(16, 16, 4, 1, False)} | IN_REGISTERS  # what the interpreter runs as TF32
-TABLES = {"few rows": FEW_ROWS, "in registers": IN_REGISTERS_OF, "through the cache": THROUGH_CACHE}
+TABLES = {
+    "few rows": FEW_ROWS,
+    "through the cache": THROUGH_CACHE,
+    "in registers": dict.fromkeys(("half", "ieee"), IN_REGISTERS),
+}
 
 
 def chain(device: torch.device, M: int, widths: Sequence[int], dtype: torch.dtype) -> Any:
@@ -57,7 +60,14 @@ def forward(x: Any, weights: Any, biases: Any, final_relu: bool, keep: int, form
 
 
 def backward(
-    grad: Any, activations: Any, weights: Any, final_relu: bool, need_x: bool, need_w: Any, need_b: Any, form: Form
+    grad: Any,
+    activations: Any,
+    weights: Any,
+    final_relu: bool,
+    need_x: bool,
+    need_w: Any,
+    need_b: Any,
+    form: Form,
 ) -> Any:
     """grad_x, of each layer grad_z, and the bias gradients."""
     sums: Any = []
@@ -125,10 +135,12 @@ def test_forward_and_backward(
     table: str, widths: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     form = TABLES[table][KIND[dtype]]
-    for M, final_relu in ((1, False), (7, True), (127, True), (200, False)):
+    if dtype == torch.bfloat16:  # which the interpreter truncates, layer after layer
+        widths = widths[:5]
+    for M, final_relu in ((1, False), (7, True), (127, False)):
         arguments = chain(device, M, widths, dtype)
-        for keep in {0, (len(widths) - 1) // 2, len(widths) - 2}:
-            check_forward(arguments, final_relu, keep, form)
+        keep = {1: len(widths) - 2, 7: 0, 127: (len(widths) - 1) // 2}[M]
+        check_forward(arguments, final_relu, keep, form)
         grad = torch.randn(M, widths[-1], device=device).to(dtype)
         check_backward(arguments, grad, final_relu, final_relu or M == 1, form)
 
@@ -170,26 +182,24 @@ def test_strides(layout: str, table: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_what_is_not_needed(table: str, device: torch.device) -> None:
-    x, weights, biases = chain(device, 70, (20, 16, 33, 5), torch.float32)
+    x, weights, biases = chain(device, 20, (20, 16, 33, 5), torch.float32)
     form = TABLES[table]["ieee"]
     ys = _reference.mlp_forward(x, weights, biases, True, 0)
-    grad = torch.randn(70, 5, device=device)
+    grad = torch.randn(20, 5, device=device)
     exact = plain_backward(as_double(grad), as_double([x, *ys]), as_double(weights), True)
     torchs = plain_backward(grad, [x, *ys], weights, True)
-    for need_x, *needs in itertools.product([False, True], repeat=7):
-        need_w, need_b = needs[:3], needs[3:]
+    some = [[True] * 3, [False] * 3, [False, True, False], [True, False, True]]
+    for need_x, need_w, need_b in itertools.product([False, True], some, some):
         saved = [x if need_w[0] else None, *ys]
         given = weights if need_x else [None, *weights[1:]]
-        grad_x, grads_z, grads_b = untouched(
-            backward, grad, saved, given, True, need_x, need_w, need_b, form
-        )
+        grad_x, grads_z, grads_b = untouched(backward, grad, saved, given, True, need_x, need_w, need_b, form)
         assert (grad_x is not None) == need_x
         assert [g is not None for g in grads_b] == need_b
         wanted = [(grad_x, torchs[0], exact[0])] if need_x else []
         wanted += [three for need, *three in zip(need_w, grads_z, torchs[1], exact[1], strict=True) if need]
         wanted += [three for need, *three in zip(need_b, grads_b, torchs[2], exact[2], strict=True) if need]
         for our, its, right in wanted:
-            assert_right(our, its, right, str((need_x, *needs)), factor=3)
+            assert_right(our, its, right, str((need_x, need_w, need_b)), factor=3)
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -240,7 +250,7 @@ def test_offsets_past_31_bits(device: torch.device) -> None:
     grad.copy_(torch.randn(rows, 16))
     _, weights, biases = chain(device, 1, (16, 32, 16), torch.float16)
     needs = [True] * 2
-    for form in (FEW_ROWS["half"], IN_REGISTERS["half"]):
+    for form in (FEW_ROWS["half"], IN_REGISTERS):
         ys = forward(x, weights, biases, True, 0, form)
         found = tensors_of([ys, backward(grad, [x, *ys], weights, True, True, needs, needs, form)])
         near, gradient = x.contiguous(), grad.contiguous()
@@ -269,22 +279,25 @@ def test_which_form() -> None:
     """By rows, widths and alignment; too many or too wide layers have none."""
     sms = 132
     for kind in ITEMSIZE:
-        assert select_form(16 * sms, (784, 128, 10), kind, True, sms) == FEW_ROWS[kind]
-        assert select_form(16 * sms + 1, (784, 128, 10), kind, False, sms) == THROUGH_CACHE[kind]
-        assert select_form(65536, (784, 256, 10), kind, True, sms) == THROUGH_CACHE[kind]
-        expected = IN_REGISTERS.get(kind, THROUGH_CACHE[kind])
-        assert select_form(65536, (784, 128, 10), kind, True, sms) == expected
+        mnist, wide = (784, 128, 10), (784, 256, 10)
+        in_registers = IN_REGISTERS if kind == "half" else THROUGH_CACHE[kind]
+        for M, widths, regular, forward, form in (
+            (16 * sms, mnist, True, True, FEW_ROWS[kind]),
+            (16 * sms + 1, mnist, False, True, FEW_ROWS[kind]),
+            (16 * sms + 1, mnist, True, True, in_registers),
+            (16 * sms + 1, mnist, True, False, THROUGH_CACHE[kind]),
+            (16 * sms + 1, wide, True, True, THROUGH_CACHE[kind]),
+        ):
+            assert select_form(M, widths, kind, regular, forward, sms) == form
         for M in (16, 65536):
-            assert select_form(M, (16,) * 9, kind, True, sms) is not None
-            assert select_form(M, (16,) * 10, kind, True, sms) is None
-            assert select_form(M, (784, 257, 10), kind, True, sms) is None
-            assert select_form(M, (784, 0, 10), kind, True, sms) is None
-            assert select_form(M, (0, 16, 10), kind, True, sms) is None
+            assert select_form(M, (16,) * 9, kind, True, True, sms) is not None
+            for widths in ((16,) * 10, (784, 257, 10), (784, 0, 10), (0, 16, 10)):
+                assert select_form(M, widths, kind, True, True, sms) is None
 
 
 def taken(M: int, widths: tuple[int, ...], kind: str = "half", keep: int | None = None) -> bool:
     """Whether the rule takes one launch for the forward, on 132 multiprocessors."""
-    form = select_form(M, widths, kind, True, 132)
+    form = select_form(M, widths, kind, True, True, 132)
     if form is None:
         return False
     weights = sum(K * N for K, N in itertools.pairwise(widths))
