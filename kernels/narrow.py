@@ -42,7 +42,7 @@ FEW_ROWS: dict[str, Form] = {  # a block for every multiprocessor; and irregular
 THROUGH_CACHE: dict[str, Form] = {
     "half": Form(64, 64, 8, 2, True),
     "tf32": Form(32, 32, 8, 2, True),
-    "ieee": Form(32, 16, 8, 2, True),
+    "ieee": Form(32, 16, 8, 1, True),
 }
 # For the forward, whose hidden activations need not be stored; of the backward every gradient is. Wider
 # layers and float32 do not fit in the registers.
