@@ -20,7 +20,8 @@ from ._tiles import ITEMSIZE, cdiv
 
 MOST_LAYERS = 8
 WIDEST = 256
-WIDEST_IN_REGISTERS = 128
+NARROW = 128  # wider layers leave no registers for large blocks of rows
+MOST_IN_REGISTERS = 4  # layers: with eight, Triton 3.6 wants more tensor memory than sm_100 has
 
 
 class Form(NamedTuple):
@@ -34,18 +35,17 @@ class Form(NamedTuple):
 
 
 # All are compiled for sm_80, sm_90 and sm_100 by tests/test_codegen.py. None has been timed yet.
-FEW_ROWS: dict[str, Form] = {  # a block for every multiprocessor; and irregular operands, in small pieces
+FEW_ROWS: dict[str, Form] = {  # a block for every multiprocessor; and irregular operands and wide layers
     "half": Form(16, 64, 8, 2, True),
     "tf32": Form(16, 32, 8, 2, True),
     "ieee": Form(16, 16, 8, 2, True),
 }
-THROUGH_CACHE: dict[str, Form] = {
+THROUGH_CACHE: dict[str, Form] = {  # TF32 has no larger one without spills
     "half": Form(64, 64, 8, 2, True),
-    "tf32": Form(32, 32, 8, 2, True),
     "ieee": Form(32, 16, 8, 1, True),
 }
-# For the forward, whose hidden activations need not be stored; of the backward every gradient is. Wider
-# layers and float32 do not fit in the registers.
+# For the forward, whose hidden activations need not be stored; of the backward every gradient is. float32
+# does not fit in the registers.
 IN_REGISTERS = Form(64, 64, 8, 2, False)
 
 # A launch that is saved is worth the time in which a multiprocessor reads so many bytes of weights from the
@@ -63,9 +63,10 @@ def select_form(
     """
     if len(widths) - 1 > MOST_LAYERS or max(widths[1:]) > WIDEST or min(widths) < 1:
         return None
-    if not regular or cdiv(M, FEW_ROWS[kind].BLOCK_M) <= num_sms:
+    few = cdiv(M, FEW_ROWS[kind].BLOCK_M) <= num_sms
+    if few or not regular or max(widths[1:]) > NARROW or kind not in THROUGH_CACHE:
         return FEW_ROWS[kind]
-    if forward and kind == "half" and max(widths[1:]) <= WIDEST_IN_REGISTERS:
+    if forward and kind == "half" and len(widths) - 1 <= MOST_IN_REGISTERS:
         return IN_REGISTERS
     return THROUGH_CACHE[kind]
 

@@ -280,13 +280,15 @@ def test_which_form() -> None:
     sms = 132
     for kind in ITEMSIZE:
         mnist, wide = (784, 128, 10), (784, 256, 10)
-        in_registers = IN_REGISTERS if kind == "half" else THROUGH_CACHE[kind]
+        cached = THROUGH_CACHE.get(kind, FEW_ROWS[kind])
+        in_registers = IN_REGISTERS if kind == "half" else cached
         for M, widths, regular, forward, form in (
             (16 * sms, mnist, True, True, FEW_ROWS[kind]),
             (16 * sms + 1, mnist, False, True, FEW_ROWS[kind]),
             (16 * sms + 1, mnist, True, True, in_registers),
-            (16 * sms + 1, mnist, True, False, THROUGH_CACHE[kind]),
-            (16 * sms + 1, wide, True, True, THROUGH_CACHE[kind]),
+            (16 * sms + 1, mnist, True, False, cached),
+            (16 * sms + 1, wide, True, True, FEW_ROWS[kind]),
+            (16 * sms + 1, (16,) * 6, True, True, cached),
         ):
             assert select_form(M, widths, kind, regular, forward, sms) == form
         for M in (16, 65536):
