@@ -137,8 +137,10 @@ def explain(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Explanation
     On the kernels ``linear_forward`` is linear without a relu; ``grad_input`` is mm that reads the mask, M*K
     more, and writes the bias gradient of the layer below; ``grad_weights`` is the other mm of all layers and,
     without a final ReLU, the last layer's sum; ``relu_backward`` is threshold_backward and sum of a final
-    ReLU; ``add_up`` adds the partial sums that the others wrote, in float32. ``linear by oneDNN`` is linear
-    by PyTorch's other float32 product, taken without a gradient where it is faster: AMD's CPUs with AVX512.
+    ReLU. Of narrow layers ``narrow_forward`` is all linear_forward in one, and ``narrow_backward`` all
+    grad_input and relu_backward. ``add_up`` adds the partial sums that the others wrote, in float32. ``linear
+    by oneDNN`` is linear by PyTorch's other float32 product, taken without a gradient where it is faster: on
+    AMD's CPUs from Zen 5 on.
 
     >>> print(fusedmlp.explain(fusedmlp.MLP(784, [256, 128], 10), torch.randn(128, 784)))
     3 layers in 1 stretch on cpu: 15 launches (unfused 15), 5.07 MB moved ...

@@ -6,6 +6,7 @@ folder, and what is in it goes before ours.
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -74,6 +75,11 @@ class Table:
     def product(self, operation: str, kind: str, M: int, N: int, K: int) -> Product | None:
         """What was measured of this product, with about as many rows."""
         return self.products.get((operation, kind, bucket(M), N, K))
+
+    def knows(self, kind: str, M: int, widths: tuple[int, ...]) -> bool:
+        """Whether some product of these layers was measured, and with it what is faster layer by layer."""
+        layers = itertools.pairwise(widths)
+        return any(self.product(operation, kind, M, N, K) for K, N in layers for operation in OPERATIONS)
 
     def stretch(
         self, mode: str, kind: str, M: int, widths: tuple[int, ...], final_relu: bool

@@ -1,5 +1,7 @@
 """A chain of layers, Linear, ReLU, Linear, ..., forward and backward: which kernels run, in which order.
 
+Narrow layers go all in one launch where that is better, see narrow.select_form and narrow.wins.
+
 No pass over the activations is left: the forward's bias and ReLU and the backward's mask and bias gradient
 are computed in the products, but for the ReLU after the last layer, whose gradient comes from outside, and
 for a copy of what a caller brought with other than contiguous rows.
@@ -9,11 +11,13 @@ from collections.abc import Sequence
 
 import torch
 
-from ._launch import is_aligned, is_regular, setting_of
+from ._launch import Setting, is_aligned, is_regular, setting_of
 from ._partials import Sums, add_up
 from .forward import linear_forward
 from .grad_input import grad_input
 from .grad_weight import Layer, grad_weights
+from .narrow import narrow_forward
+from .narrow_backward import narrow_backward
 from .relu_backward import relu_backward
 
 # So many multiplications take tens of microseconds on the fastest chips. One launch for all layers saves
@@ -37,6 +41,10 @@ def mlp_forward(
     """
     setting = setting_of(x, forced)
     last = len(weights) - 1
+    if last > 0:
+        in_one = narrow_forward(x, weights, biases, final_relu, keep, setting)
+        if in_one is not None:
+            return in_one
     x_regular = is_regular(x)
     ys = []
     for i, weight in enumerate(weights):
@@ -67,8 +75,67 @@ def mlp_backward(
     looked at: below the layer ``lowest``, the lowest that needs a gradient (0 for x), there is nothing to do.
     Nothing that comes in is written to. forced: as in mlp_forward.
     """
-    count = len(weights)
     setting = setting_of(grad_output, forced)
+    if not final_relu:
+        grad_output = row_major(grad_output)
+    needs = need_x, need_weights[lowest:], need_biases[lowest:]
+    chain = grad_output, activations[lowest:], weights[lowest:], final_relu, *needs, setting
+    grad_x, grads_w, grads_b = _in_one(*chain) or _one_by_one(*chain)
+    nothing: list[torch.Tensor | None] = [None] * lowest
+    return grad_x, nothing + grads_w, nothing + grads_b
+
+
+Gradients = tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]
+
+
+def _in_one(
+    grad_output: torch.Tensor,
+    activations: Sequence[torch.Tensor | None],
+    weights: Sequence[torch.Tensor | None],
+    final_relu: bool,
+    need_x: bool,
+    need_weights: Sequence[bool],
+    need_biases: Sequence[bool],
+    setting: Setting,
+) -> Gradients | None:
+    """One launch for the gradients of all activations, or None where one a layer is better."""
+    sums: Sums = []
+    found = narrow_backward(
+        grad_output, activations, weights, final_relu, need_x, need_weights, need_biases, setting, sums
+    )
+    if found is None:
+        return None
+    grad_x, grads_z, grads_b = found
+    grads_w: list[torch.Tensor | None] = [None] * len(weights)
+    waiting: list[Layer] = []
+    for i, grad_z in enumerate(grads_z):
+        x = activations[i]
+        if need_weights[i]:
+            assert x is not None
+            assert grad_z is not None
+            grads_w[i] = grad_w = x.new_empty(grad_z.shape[1], x.shape[1])
+            x = row_major(x)
+            waiting.append(Layer(grad_z, x, is_regular(grad_z) and is_regular(x), grad_w))
+    bias_left = grad_output if need_biases[-1] and not final_relu else None
+    if waiting or bias_left is not None:
+        grad_bias = grad_weights(waiting, bias_left, setting, sums)
+        grads_b[-1] = grads_b[-1] if grad_bias is None else grad_bias
+    add_up(sums)
+    return grad_x, grads_w, grads_b
+
+
+def _one_by_one(
+    grad_output: torch.Tensor,
+    activations: Sequence[torch.Tensor | None],
+    weights: Sequence[torch.Tensor | None],
+    final_relu: bool,
+    need_x: bool,
+    need_weights: Sequence[bool],
+    need_biases: Sequence[bool],
+    setting: Setting,
+) -> Gradients:
+    """A launch for each layer's input gradient."""
+    count = len(weights)
     grad_x = None
     grads_w: list[torch.Tensor | None] = [None] * count
     grads_b: list[torch.Tensor | None] = [None] * count
@@ -79,10 +146,10 @@ def mlp_backward(
     if final_relu:
         grad_z, grads_b[-1] = relu_backward(grad_output, activations[-1], need_biases[-1], setting, sums)
     else:
-        grad_z = row_major(grad_output)
+        grad_z = grad_output
         bias_left = grad_z if need_biases[-1] else None
     z_regular = is_regular(grad_z)
-    for i in range(count - 1, lowest - 1, -1):
+    for i in range(count - 1, -1, -1):
         x, weight = activations[i], weights[i]
         x_regular = x is not None and is_regular(x)
         if need_weights[i]:
@@ -94,7 +161,7 @@ def mlp_backward(
                 grad_bias = grad_weights(waiting, bias_left, setting, sums)
                 grads_b[-1] = grads_b[-1] if grad_bias is None else grad_bias
                 waiting, multiplications, bias_left = [], 0, None
-        if i > lowest:
+        if i > 0:
             assert weight is not None
             regular = z_regular and x_regular and is_regular(weight)
             grad_z, grads_b[i - 1] = grad_input(grad_z, weight, x, need_biases[i - 1], regular, setting, sums)

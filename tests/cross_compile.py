@@ -30,6 +30,8 @@ from fusedmlp.kernels._tiles import DESCRIPTOR_TILES, GROUP, IRREGULAR, ITEMSIZE
 from fusedmlp.kernels.forward import _linear_forward_kernel
 from fusedmlp.kernels.grad_input import _grad_input_descriptor_kernel, _grad_input_kernel
 from fusedmlp.kernels.grad_weight import _grad_weights_kernel
+from fusedmlp.kernels.narrow import FEW_ROWS, IN_REGISTERS, THROUGH_CACHE, Form, _narrow_forward_kernel
+from fusedmlp.kernels.narrow_backward import BLOCK_C, _narrow_backward_kernel
 from fusedmlp.kernels.relu_backward import BLOCK_M, BLOCK_N, _relu_backward_kernel
 from fusedmlp.kernels.step import (
     PERSISTENT_TILES,
@@ -55,7 +57,7 @@ class Spec(NamedTuple):
     kernel: Any
     arguments: dict[str, Any]
     kind: str | None = None
-    tile: Tile | RowsTile | WeightsTile | None = None
+    tile: Tile | Form | RowsTile | WeightsTile | None = None
 
 
 # What of an irregular product is not a multiple of 16, as Triton sees it: everything, or one odd size and
@@ -205,6 +207,62 @@ def training_steps(which: str) -> Iterator[Spec]:
             yield Spec(f"{which} {name} {dtype} {kind} {tuple(tile)}", kernel, arguments, kind, tile)
 
 
+# Chains of narrow layers: as many and as wide as they may be, MNIST's, and odd widths.
+DEEP, DEEP_IN_REGISTERS, MNIST, MNIST_WIDE, WIDE, ODD = (
+    (128,) * 9, (128,) * 5, (784, 128, 128, 10), (784, 256, 128, 10), (256,) * 5, (127, 100, 127, 7)
+)  # fmt: skip
+
+
+def narrow(backward: bool) -> Iterator[Spec]:
+    """Chains in one launch, in every form: for inference, and for training with all that may be needed."""
+    ships = [
+        (kind, form, widths)
+        for table, chains in (
+            (FEW_ROWS, (DEEP, WIDE, MNIST_WIDE, ODD)),
+            (THROUGH_CACHE, (DEEP,)),
+            ({} if backward else {"half": IN_REGISTERS}, (DEEP_IN_REGISTERS, MNIST)),
+        )
+        for kind, form in table.items()
+        for widths in chains
+    ]
+    for kind, form, widths in ships:
+        for dtype, training in itertools.product(DTYPES[kind], (True, False)):
+            # What varies most is compiled in full; float16 differs from bfloat16 in an instruction's name.
+            if (dtype == "fp16" or not training) and widths not in (MNIST, MNIST_WIDE):
+                continue
+            L = len(widths) - 1
+            pointer, new = f"*{dtype}" if widths == ODD else f"*{dtype}:16", f"*{dtype}:16"
+            arguments: dict[str, Any] = form._asdict() | {
+                "WIDTHS": widths,
+                "PADDED": tuple(max(16, triton.next_power_of_2(width)) for width in widths),
+                "STRIDES": tuple((K, 1, 1) for K in widths[:-1]),
+                "FINAL_RELU": training,
+                "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
+                "UPCAST": False,
+                "M": "i32",
+                "zero": "i32:16",
+                "weight_ptrs": (pointer,) * L,
+            }
+            if backward:
+                # Without what training asks for the first layer's input gradient and the last layer's ReLU.
+                inside = (new,) * (L - 1) + (new if training else None,)
+                arguments |= {"grad_output_ptr": pointer, "y_ptrs": inside, "grad_z_ptrs": inside}
+                sums = tuple(None if one is None else "*fp32:16" for one in inside)
+                arguments |= {"partials_ptrs": sums, "grad_x_ptr": new if training else None}
+                arguments["weight_ptrs"] = (pointer if training else None,) + (pointer,) * (L - 1)
+                arguments |= {"stride_gm": "i32" if widths[-1] % 16 else "i32:16", "stride_gn": 1}
+                arguments |= {"BLOCK_C": BLOCK_C}
+            else:
+                arguments |= {"x_ptr": pointer, "bias_ptrs": (pointer,) * L, "KEEP": 0 if training else L - 1}
+                hidden = new if training or form.STAGED else None
+                arguments["y_ptrs"] = (hidden,) * (L - 1) + (new,)
+                arguments |= {"stride_xm": "i32" if widths[0] % 16 else "i32:16", "stride_xk": 1}
+            kernel = _narrow_backward_kernel if backward else _narrow_forward_kernel
+            arguments = {name: arguments[name] for name in kernel.arg_names}
+            name = f"narrow {dtype} {kind} {tuple(form)} {widths} {training=}"
+            yield Spec(name, kernel, arguments, kind, form)
+
+
 def specs(which: str) -> Iterator[Spec]:
     """Every build of one launcher."""
     if which == "linear_forward":
@@ -238,6 +296,8 @@ def specs(which: str) -> Iterator[Spec]:
         yield from descriptor_products()
     elif which == "grad_weights":
         yield from grouped_products()
+    elif which in ("narrow_forward", "narrow_backward"):
+        yield from narrow(which == "narrow_backward")
     elif which == "relu_backward":
         for dtype, relu, bias in itertools.product(("fp32", "fp16", "bf16"), (True, False), (True, False)):
             arguments = dict.fromkeys(_relu_backward_kernel.arg_names, "i32:16")
@@ -307,7 +367,7 @@ def build(spec: Spec, arch: int) -> dict[str, Any]:
     stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     if not used or not stack:
         raise SystemExit(f"ptxas said nothing about {spec.name}:\n{report}")
-    table_says = 16 * 1024 if spec.tile is None else None  # the training step's tiles say nothing of it
+    table_says = 16 * 1024 if spec.tile is None else None  # of the other forms nothing is counted on
     if isinstance(spec.tile, Tile):
         table_says = spec.tile.shared_memory(ITEMSIZE[spec.kind or ""])
     return {
@@ -320,6 +380,7 @@ def build(spec: Spec, arch: int) -> dict[str, Any]:
         "serialised": re.findall(r"C751[0-6]", report),
         "shared_memory": compiled.metadata.shared,
         "table_says": table_says,
+        "rows": 0 if spec.tile is None else spec.tile[0],
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
         "instructions": disassemble(compiled.asm["cubin"]),
     }

@@ -122,9 +122,34 @@ def test_bytes_and_operators_by_hand() -> None:
     assert CPU in text
 
 
+def one_by_one(patch: pytest.MonkeyPatch) -> None:
+    """A launch for each layer, of narrow chains too."""
+    from fusedmlp.kernels import mlp
+
+    for launcher in ("narrow_forward", "narrow_backward"):
+        patch.setattr(mlp, launcher, lambda *args: None)
+
+
 @pytest.mark.kernels
-def test_bytes_of_the_kernels_by_hand(device: torch.device) -> None:
+def test_bytes_of_a_narrow_chain_by_hand(device: torch.device) -> None:
     """As above, with x and a final ReLU."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU()).to(device)
+    with fusedmlp.backend("triton"):
+        (row,) = explain(model, torch.randn(8, 5, device=device, requires_grad=True)).rows
+    assert row.backward is not None
+    assert row.forward.launches == ("narrow_forward",)
+    # x 40, weight 20, bias 4, y 32, kept for the backward; weight 12, bias 3, y 24.
+    assert row.forward.bytes == 4 * (96 + 39) == 540
+    # 24 come in, weights 20 and 12, both y 32 and 24; gradients before the ReLUs 32 and 24, of biases 4 and
+    # 3, of x 40: 215. grad_weights: 24, 32 to 12: 68, and 32, 40 to 20: 92.
+    assert row.backward.launches == ("narrow_backward", "grad_weights")
+    assert row.backward.bytes == 4 * (215 + 68 + 92) == 1500
+
+
+@pytest.mark.kernels
+def test_bytes_of_the_kernels_by_hand(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, a launch for each layer."""
+    one_by_one(monkeypatch)
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU()).to(device)
     x = torch.randn(8, 5, device=device, requires_grad=True)
     with fusedmlp.backend("triton"):
@@ -205,6 +230,7 @@ HARMLESS = {f"aten::{name}" for name in ("new_empty", "empty", "view", "as_strid
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("in_one", [False, True], ids=["one by one", "in one"])
 @pytest.mark.parametrize("rows", [7, 600])  # of 600, sums over rows are split
 @pytest.mark.parametrize(
     ("widths", "final_relu", "bias", "frozen", "need_x"),
@@ -231,9 +257,13 @@ def test_launches_are_those_of_a_real_run(
     frozen: int,
     need_x: bool,
     rows: int,
+    in_one: bool,
     device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     L = len(widths) - 1
+    if not in_one:
+        one_by_one(monkeypatch)
     pairs = [(nn.Linear(widths[i], widths[i + 1], bias, device), nn.ReLU()) for i in range(L)]
     layers: list[tnn.Module] = [module for pair in pairs for module in pair]
     model = nn.Sequential(*(layers if final_relu else layers[:-1]))
@@ -247,7 +277,9 @@ def test_launches_are_those_of_a_real_run(
         assert row.forward.launches == tuple(names)  # explain itself runs the forward once, and no backward
         with launched() as names:
             y = model(x)
-        assert row.forward.launches == tuple(names) == ("linear_forward",) * L
+        one_launch = in_one and L > 1
+        assert row.forward.launches == tuple(names)
+        assert tuple(names) == (("narrow_forward",) if one_launch else ("linear_forward",) * L)
         with launched() as names, operators() as seen:
             y.backward(grad)
     assert row.backward is not None
@@ -255,9 +287,13 @@ def test_launches_are_those_of_a_real_run(
     count = Counter(names)
     trained = L - frozen
     hidden = L - 1 if need_x else trained - 1
-    assert count.pop("grad_input", 0) == hidden + need_x
+    of_activations = hidden + need_x + final_relu
+    if in_one and of_activations > 1:  # of one there is nothing to put together
+        assert count.pop("narrow_backward") == 1
+    else:
+        assert count.pop("grad_input", 0) == hidden + need_x
+        assert count.pop("relu_backward", 0) == final_relu
     assert count.pop("grad_weights", 0) == (trained > 0)
-    assert count.pop("relu_backward", 0) == final_relu
     assert count.pop("add_up", 0) <= 1
     assert not count
     # Beside the launches nothing is computed on a tensor of so many rows: no mask, no sum, no product.
@@ -313,7 +349,7 @@ def test_without_a_backward_on_the_kernels(device: torch.device) -> None:
     model, x = nn.MLP(5, [4, 4], 3, device=device), torch.randn(2, 4, 5, device=device)
     with torch.no_grad(), fusedmlp.backend("triton"):
         (row,) = explain(model, x).rows
-    assert row.forward.launches == ("linear_forward",) * 3
+    assert row.forward.launches == ("narrow_forward",)
     assert row.backward is None
 
 

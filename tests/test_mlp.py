@@ -19,10 +19,24 @@ from fusedmlp.functional import mlp, why_not_fused_mlp
 Chain = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]
 
 
-@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.kernels)])
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    with fusedmlp.backend(request.param):
-        yield request.param
+@pytest.fixture(
+    params=[
+        "torch",
+        pytest.param("triton", marks=pytest.mark.kernels),
+        pytest.param("one by one", marks=pytest.mark.kernels),
+    ]
+)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """PyTorch's operators; the kernels, small chains in one launch; the kernels, one launch a layer."""
+    name = request.param
+    if name == "one by one":
+        from fusedmlp.kernels import mlp as room
+
+        name = "triton"
+        for launcher in ("narrow_forward", "narrow_backward"):
+            monkeypatch.setattr(room, launcher, lambda *args: None)
+    with fusedmlp.backend(name):
+        yield name
 
 
 def plain(
