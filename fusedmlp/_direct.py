@@ -47,6 +47,16 @@ def why_not(recipe: Recipe, x: torch.Tensor, y: torch.Tensor) -> str | None:
     return None
 
 
+def by_onednn(x: torch.Tensor, compute_dtype: torch.dtype | None) -> bool:
+    """Whether the products of some size are oneDNN's."""
+    return (
+        x.dtype is torch.float32
+        and compute_dtype is None
+        and _onednn.why_not_here() is None
+        and _onednn.why_switched_off() is None
+    )
+
+
 def run(
     recipe: Recipe,
     x: torch.Tensor,
@@ -74,12 +84,7 @@ def run(
         weights: list[torch.Tensor] = list(recipe.weights)
         if compute_dtype is not None:
             weights = [weight.to(compute_dtype) for weight in weights]
-        onednn = (
-            x.dtype is torch.float32
-            and compute_dtype is None
-            and _onednn.why_not_here() is None
-            and _onednn.why_switched_off() is None
-        )
+        onednn = by_onednn(x, compute_dtype)
         x = (x.flatten(1) if recipe.flatten else x).to(compute_dtype or x.dtype)
         tensors = _forward(recipe, weights, x, onednn)
         loss, tensors[-1] = _loss(recipe, tensors[-1], y, 1 / accumulate)

@@ -119,7 +119,10 @@ class TrainStep:
     def _explained_on_cpu(self, x: torch.Tensor, y: torch.Tensor) -> list[str]:
         recipe = self._recipe_for_direct(x, y)
         if not isinstance(recipe, str):
-            return ["Direct: forward, loss, backward and update in ATen calls, without autograd."]
+            parts = ["Direct: forward, loss, backward and update in ATen calls, without autograd."]
+            if _direct.by_onednn(x, self._asked_dtype):
+                parts.append("Large products are oneDNN's, which takes half of MKL's time on this CPU.")
+            return parts
         parts = [_ORDINARY, f"Not direct: {recipe}."]
         return [*parts, "Direct from the next step on."] if recipe is NO_STATE else parts
 

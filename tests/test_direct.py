@@ -124,8 +124,11 @@ def test_onednn_that_is_switched_off_is_not_used(monkeypatch: pytest.MonkeyPatch
     step = fusedmlp.TrainStep(model, CROSS_ENTROPY, torch.optim.SGD(model.parameters(), lr=0.1))
     with torch.backends.mkldnn.flags(enabled=False):
         step(*data(7))
+        assert "oneDNN" not in step.explain(*data(7))
     with fusedmlp.backend("torch"):
         step(*data(7))
+        assert "oneDNN" not in step.explain(*data(7))
+    assert "oneDNN" in step.explain(*data(7))
     with pytest.raises(AssertionError, match="was asked"):
         step(*data(7))
 
