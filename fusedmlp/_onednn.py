@@ -10,11 +10,14 @@ import functools
 import pathlib
 
 import torch
+from torch import is_grad_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from fusedmlp import _reference
 from fusedmlp._dispatch import plain_torch
 
+_tracing_state = torch._C._get_tracing_state  # by name: small calls count
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _LEAST_PRODUCTS = 2_000_000  # multiplications per thread: below, its 10 us a call are more than it saves
 _LEAST_ROWS = 8  # below, both wait for the weight to come from memory
@@ -28,9 +31,7 @@ def off() -> bool:
 
     torch.jit.trace compares what it traced with and without gradients, down to the lines of the source.
     """
-    return (
-        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    )
+    return is_grad_enabled() or is_compiling() or _tracing_state() is not None
 
 
 def too_small(x: torch.Tensor) -> bool:
@@ -42,13 +43,13 @@ def linear_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool
 ) -> torch.Tensor:
     """``x (..., K) @ weight.T (K, N) + bias (N,)``, then ReLU if asked: ``(..., N)``."""
-    # off() and too_small(), inline: small calls count.
+    # off() and too_small(), inline and by cost: small calls count. No size is asked of who traces.
     if (
-        torch.is_grad_enabled()
-        or x.dtype is not torch.float32
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
+        is_grad_enabled()
+        or is_compiling()
+        or _tracing_state() is not None
         or x.numel() < _LEAST_INPUTS
+        or x.dtype is not torch.float32
         or why_not(x, weight, bias) is not None
     ):
         return _reference.linear_forward(x, weight, bias, relu)
