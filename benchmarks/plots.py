@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from matplotlib.figure import Figure  # without pyplot: nothing here needs a display
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from benchmarks.cases import BOTH, KINDS, STEP
 from benchmarks.results import COMPARISONS, NOISE, best, named, pair
@@ -50,10 +50,12 @@ def _plain(axes: Any) -> None:
 
 
 def _log_ticks(axis: Any, least: float, most: float) -> None:
-    """Numbers as one writes them, and between the powers of ten only where there are few of those."""
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    """Numbers as one writes them, at the powers of ten; within a decade at both ends."""
+    plain = FuncFormatter(lambda value, _: f"{value:.3g}")
     axis.set_major_formatter(plain)
-    axis.set_minor_formatter(plain if most / least < 8 else NullFormatter())
+    axis.set_minor_formatter(NullFormatter())
+    if most / least < 8:
+        axis.set_major_locator(FixedLocator([least, most] if most / least > 1.5 else [least]))
 
 
 def _short(us: float) -> str:
