@@ -199,6 +199,21 @@ def _in_a_graph(prepare: Callable[[Work], Prepared]) -> Callable[[Work], Prepare
     return graphed
 
 
+def _train_step(work: Work) -> Prepared:
+    """On the route that it takes: what is checked and timed is what it comes to after a few steps."""
+    model = work.fused_model()
+    runner = Runner(work, model)
+    assert runner.optimizer is not None
+    step = fusedmlp.TrainStep(model, F.cross_entropy, runner.optimizer)
+
+    def run(i: int) -> Results:
+        return (step(work.xs[i % len(work.xs)], work.labels),)
+
+    for i in range(8):
+        run(i)
+    return runner, run
+
+
 def _fused(backend: Any, per_layer: bool = False) -> Callable[[Work], Prepared]:
     def prepare(work: Work) -> Prepared:
         runner = Runner(work, work.fused_model(per_layer))
@@ -241,6 +256,8 @@ def contestants(case: Case, device: torch.device, few: bool, compiling: bool) ->
     if len(case.layers) > 1:
         found.append(Contestant("fusedmlp per layer", "fusedmlp", False, _fused("triton", per_layer=True)))
     found.append(Contestant("fusedmlp chain", "fusedmlp", False, _fused("triton")))
+    if case.what == STEP:
+        found.append(Contestant("fusedmlp TrainStep", "fusedmlp", cuda, _train_step))
     if cuda:
         found.append(Contestant("fusedmlp in a graph", "fusedmlp", True, _in_a_graph(_fused("triton"))))
     return found
