@@ -52,7 +52,7 @@ def call(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_module(race: Race, quick: bool, dtype: str, training: bool, name: str, batch: int) -> None:
     if quick and (batch not in (1, 64) or name == "1024 -> 1024"):
-        pytest.skip("--quick")
+        pytest.skip("--quick leaves this size out")
     torch.compiler.reset()  # else the eighth shape of a function is the last that is compiled
     models: dict[str, Any] = {
         "eager": network(torch.nn, WIDTHS[name], DTYPES[dtype]),
@@ -72,7 +72,7 @@ def test_module(race: Race, quick: bool, dtype: str, training: bool, name: str, 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_function(race: Race, quick: bool, dtype: str, batch: int) -> None:
     if quick and batch not in (1, 64):
-        pytest.skip("--quick")
+        pytest.skip("--quick leaves this size out")
     x, weight, bias = (torch.randn(s).to(DTYPES[dtype]) for s in ((batch, 784), (256, 784), (256,)))
 
     def eager() -> None:
