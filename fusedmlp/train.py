@@ -13,6 +13,7 @@ from fusedmlp._recipe import NO_STATE, Recipe, recipe_of, why_watched
 
 LossFunction = Callable[[Any, torch.Tensor], torch.Tensor]
 
+_DIRECT = "Direct: forward, loss, backward and update in ATen calls, without autograd."
 _ORDINARY = "Ordinary: zero_grad, forward, loss, backward, step."
 
 
@@ -26,7 +27,8 @@ class TrainStep:
     clip_grad_norm: the largest norm of all gradients together, as of ``torch.nn.utils.clip_grad_norm_``.
     accumulate: the optimizer steps at every n-th call, with the mean of the gradients. scaler: a
     ``torch.amp.GradScaler``. compute_dtype: ``torch.bfloat16`` computes the products in bfloat16, as under
-    ``torch.autocast``; parameters stay float32; on a CPU without units for it, float32 and a warning.
+    ``torch.autocast``; parameters stay float32; on a CPU without units for it, float32 and a warning, and
+    for few rows float32 where that is faster, as :meth:`explain` says.
 
     Everything is read anew at each call: learning rates that a scheduler sets, values that are loaded, layers
     that are frozen. On a GPU the step is replayed from a CUDA graph, so Python code in the model runs only
@@ -77,6 +79,9 @@ class TrainStep:
         recipe = self._recipe_for_direct(x, y)
         if isinstance(recipe, str):
             return self._ordinary(x, y)
+        compute_dtype = self._compute_dtype(x)
+        if compute_dtype is not None and _direct.why_too_few_for_bfloat16(x) is not None:
+            compute_dtype = None
         first = self._accumulated == 0
         last = self._accumulated + 1 == self._accumulate
         loss = _direct.run(
@@ -87,7 +92,7 @@ class TrainStep:
             last=last,
             accumulate=self._accumulate,
             clip_grad_norm=self._clip_grad_norm,
-            compute_dtype=self._compute_dtype(x),
+            compute_dtype=compute_dtype,
         )
         self._accumulated = 0 if last else self._accumulated + 1
         if last:
@@ -113,13 +118,15 @@ class TrainStep:
                     parts.append("In two launches from the next step on.")
         if self._asked_dtype is not None:
             reason = self._why_not_compute_dtype(x) if isinstance(recipe, str) else None
+            if reason is None and parts[0] is _DIRECT:
+                reason = _direct.why_too_few_for_bfloat16(x)
             parts.append("Products in bfloat16." if reason is None else f"Not in bfloat16: {reason}.")
         return "\n".join(parts)
 
     def _explained_on_cpu(self, x: torch.Tensor, y: torch.Tensor) -> list[str]:
         recipe = self._recipe_for_direct(x, y)
         if not isinstance(recipe, str):
-            parts = ["Direct: forward, loss, backward and update in ATen calls, without autograd."]
+            parts = [_DIRECT]
             if _direct.by_onednn(x, self._asked_dtype):
                 parts.append("Large products are oneDNN's, which takes half of MKL's time on this CPU.")
             return parts

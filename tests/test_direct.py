@@ -183,6 +183,19 @@ class TestBfloat16:
         twins.train(batches(2), "Ordinary")
         twins.assert_same()
 
+    def test_few_rows_are_computed_in_float32(self) -> None:
+        """Where casting the weights takes longer than it saves."""
+        twins = Twins(
+            mlp(dtype=torch.float32, widths=WIDTHS), OPTIMIZERS["SGD"], compute_dtype=torch.bfloat16
+        )
+        x, y = data(31)
+        assert "Not in bfloat16: below 32 rows" in twins.step.explain(x, y)
+        torch.testing.assert_close(twins.step(x, y), twins.plain(x, y), rtol=1e-6, atol=1e-6)
+        x, y = data(32)
+        assert "Products in bfloat16" in twins.step.explain(x, y)
+        error = (twins.step(x, y) - twins.plain(x, y)).abs()
+        assert 1e-5 < error < 0.1
+
     def test_not_where_it_was_not_asked_for(self) -> None:
         twins = Twins(mlp(dtype=torch.float32, widths=WIDTHS), OPTIMIZERS["SGD"])
         x, y = data(64)
