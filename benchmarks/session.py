@@ -113,7 +113,7 @@ def _ladder(s: Setting) -> list[str]:
 
 
 def _race(s: Setting) -> list[str]:
-    # The median of three seeds is over 98 % on any machine; a single one might not be.
+    # The median of three: of ten seeds the worst was at 98.06 %, and other processors round otherwise.
     return _mnist(s, "--race", "--seeds", "3" if s.dry_run else "10", "--log", str(s.out / "mnist-race.json"))
 
 
