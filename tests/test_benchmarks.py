@@ -422,7 +422,11 @@ def test_an_interrupt_keeps_what_was_done(tmp_path: pathlib.Path) -> None:
         "parts = [session.Part(str(i), 1, python(c)) for i, c in enumerate(('print(0)', slow, slow))]\n"
         f"sys.exit(session.go(parts, pathlib.Path({str(tmp_path)!r}), 5.0, True))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        # A shell that runs the tests in the background makes them, and so this, ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("2 of 3"):

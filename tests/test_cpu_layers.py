@@ -18,6 +18,8 @@ from fusedmlp import _onednn
 from fusedmlp.functional import linear, linear_relu, mlp
 
 ONEDNN = "mkldnn::_linear_pointwise"
+# On other CPUs than it is taken on, what it is made of is something else.
+BOUND = 2.0 if _onednn.why_not_here() is None else 6.0
 
 
 @pytest.fixture
@@ -54,8 +56,9 @@ def test_onednn_is_right(onednn: None, shape: tuple[int, ...], bias: bool) -> No
     exact = F.linear(x.double(), weight.double(), None if given is None else given.double())
     with torch.no_grad():
         assert operators(lambda: linear_relu(x, weight, given)).count(ONEDNN) == 1
-        assert_right(linear(x, weight, given), F.linear(x, weight, given), exact)
-        assert_right(linear_relu(x, weight, given), F.relu(F.linear(x, weight, given)), exact.relu())
+        right = F.linear(x, weight, given)
+        assert_right(linear(x, weight, given), right, exact, factor=BOUND)
+        assert_right(linear_relu(x, weight, given), F.relu(right), exact.relu(), factor=BOUND)
 
 
 def test_onednn_in_a_chain_is_told_of(onednn: None) -> None:

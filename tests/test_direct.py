@@ -160,7 +160,7 @@ class TestBfloat16:
             loss.backward()
             twins.twins.step()
             assert ours.dtype is torch.float32
-            assert (ours - right).abs() < 0.05, (i, ours, right, loss)
+            assert (ours - right).abs() < 2 * (loss - right).abs() + 0.02, (i, ours, right, loss)
         assert twins.step.explain(x, y).startswith("Direct")
         assert "bfloat16" in twins.step.explain(x, y)
         assert all(p.dtype is torch.float32 for p in twins.model.parameters())

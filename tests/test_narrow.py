@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import HAS_TRITON
-from oracle import assert_right, surrounded
+from oracle import assert_all_right, assert_right, surrounded
 from test_kernels import Canaries, as_double, bounds, tensors_of
 
 from fusedmlp import _reference
@@ -109,14 +109,20 @@ def check_backward(arguments: Any, grad: torch.Tensor, final_relu: bool, need_x:
     saved = [x, *ys] if final_relu else [x, *ys[:-1], None]
     everything = [True] * len(weights)
     ours = untouched(backward, grad, saved, weights, final_relu, need_x, everything, everything, form)
-    torchs = plain_backward(grad, saved, weights, final_relu)
-    exact = plain_backward(as_double(grad), as_double(saved), as_double(weights), final_relu)
-    for name, *three in zip(("grad_x", "grad_z", "grad_bias"), ours, torchs, exact, strict=True):
-        if name == "grad_x" and not need_x:
-            assert three[0] is None
-            continue
-        for our, its, right in zip(*map(tensors_of, ([t] for t in three)), strict=True):
-            assert_right(our, its, right, f"{name} {grad.dtype}", **({"factor": 3.0} | bounds(grad.dtype)))
+    assert (ours[0] is not None) is need_x
+
+    def plain(grad: Any, saved: Any, weights: Any) -> list[torch.Tensor]:
+        found = plain_backward(grad, saved, weights, final_relu)
+        return tensors_of(found if need_x else found[1:])
+
+    def nearby(nudged: Any) -> list[torch.Tensor]:
+        return plain(nudged(grad), saved, [nudged(weight) for weight in weights])
+
+    mine, exact = tensors_of(ours), plain(as_double(grad), as_double(saved), as_double(weights))
+    which = ["grad_x"] * need_x + ["grad_z"] * len(weights)
+    names = [f"{name} {grad.dtype}" for name in which + ["grad_bias"] * (len(exact) - len(which))]
+    room = {"factor": 3.0} | bounds(grad.dtype)
+    assert_all_right(mine, plain(grad, saved, weights), exact, names, nearby, **room)
 
 
 WIDTHS = [

@@ -257,14 +257,17 @@ def test_the_order_of_rows(index_dtype: torch.dtype | None, device: torch.device
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 def test_half_precision_products(loss: str, dtype: torch.dtype, device: torch.device) -> None:
-    """As autocast computes them: within the rounding of what goes into the products."""
+    """As autocast computes them: within the rounding of what goes into the products, or twice its error."""
     given = training((51, 40, 17, 7), loss, "SGD", device)
     ours, losses = on_kernels(given, BATCHES, dtype, 1.0)
     exact, right = in_torch(given, BATCHES, torch.float64, 1.0)
+    with torch.autocast(device.type, dtype):
+        cast, _ = in_torch(given, BATCHES, torch.float32, 1.0)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(losses.double(), right, rtol=4 * eps, atol=0)
-    for our, its in zip(all_of(ours), all_of(exact), strict=True):
-        assert (our.double() - its).norm() <= 4 * eps * its.norm()
+    for our, its, goal in zip(all_of(ours), all_of(cast), all_of(exact), strict=True):
+        # 4 eps where no ReLU switched, which neither can help.
+        assert (our.double() - goal).norm() <= 2 * (its.double() - goal).norm() + 4 * eps * goal.norm()
 
 
 def test_same_bits_every_time(device: torch.device) -> None:
