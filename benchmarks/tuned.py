@@ -34,6 +34,7 @@ def main() -> int:
     if ours.exists() and not users.exists():  # of an earlier session: go on with it
         users.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ours, users)
+    options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes
     products = stretches = faster = left_out = 0
     try:

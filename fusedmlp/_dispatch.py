@@ -355,8 +355,8 @@ def _measured(
         return None
     stretch, how = found
     figures = (
-        f"measured {how} for {mode}, {stretch.us:.4g} us against PyTorch's {stretch.torch_us:.4g}, "
-        f"on {stretch.source}"
+        f"measured {how}{' in one launch' if stretch.in_one else ''} for {mode}, {stretch.us:.4g} us against "
+        f"PyTorch's {stretch.torch_us:.4g}, on {stretch.source}"
     )
     return stretch.us < _LEAST_GAIN * stretch.torch_us, figures
 

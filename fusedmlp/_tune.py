@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from fusedmlp import _dispatch, functional
-from fusedmlp._tuning import Tuned, Tuning
+from fusedmlp._tuned import Tuned
+from fusedmlp._tuning import Tuning
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -27,10 +28,10 @@ def tune(
     current CUDA device if not said. Rows stand for all of about that number, within a factor of 1.4.
 
     Every product of every layer is computed with each tile there is, checked against float64, and timed
-    beside PyTorch's operator; then each stretch as a whole, and each of its layers alone, with what launching
-    costs. What is in the table already is not measured again, nor what has not begun after ``seconds``. The
-    table, a JSON file in the platform's cache folder, is written after each shape, so an interrupt loses the
-    present shape only.
+    beside PyTorch's operator; then each stretch as a whole, with a launch a layer and, where layers are
+    narrow, with one for all, and each of its layers alone, with what launching costs. What is in the table
+    already is not measured again, nor what has not begun after ``seconds``. The table, a JSON file in the
+    platform's cache folder, is written after each shape, so an interrupt loses the present shape only.
 
     In a distributed job call it on every rank, once the process group is there: rank 0 measures, and all
     ranks choose by its table. Without that call they use no table of the user's, for files may differ.

@@ -1,7 +1,9 @@
 """Measure products and stretches of layers on this device, and keep what was found."""
 
-import dataclasses
 import datetime
+import functools
+import itertools
+import math
 import os
 import pathlib
 import statistics
@@ -9,98 +11,16 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from fusedmlp import _dispatch, functional
+from fusedmlp import _dispatch, _reference, functional
 from fusedmlp._measure import compare
+from fusedmlp._tuned import Product, Stretch, Tuned
 from fusedmlp._version import __version__
 
 _ROUNDS = 5  # of which the median counts
-
-
-class Product(NamedTuple):
-    """One product of a layer ``weight (N, K)`` on ``rows``; tile: our fastest, None if all were wrong."""
-
-    operation: str
-    rows: int
-    N: int
-    K: int
-    tile: str | None
-    us: float | None
-    torch_us: float
-    problem: str | None  # of the tiles that were not right
-
-
-class Stretch(NamedTuple):
-    """One stretch as a whole, ``mode`` "inference" or "training", launching included."""
-
-    mode: str
-    rows: int
-    widths: tuple[int, ...]
-    final_relu: bool
-    us: float
-    torch_us: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuned:
-    """What :func:`tune` measured: ``str()`` of it is a table for a terminal, ``to_dict()`` is plain data.
-
-    Times are microseconds, ``torch_us`` those of eager PyTorch; left_out: shapes for which there was no time
-    or no memory, and why; path: the file that holds all of it.
-    """
-
-    device: str
-    dtype: str
-    products: tuple[Product, ...]
-    stretches: tuple[Stretch, ...]
-    left_out: tuple[str, ...]
-    path: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Dicts, tuples, strings and numbers, fit for ``json.dumps``."""
-        return dataclasses.asdict(self) | {
-            "products": [product._asdict() for product in self.products],
-            "stretches": [stretch._asdict() for stretch in self.stretches],
-        }
-
-    def __str__(self) -> str:
-        lines = [f"{self.device}, {self.dtype}"]
-        if self.device == "interpreter":
-            lines.append("Triton's interpreter: these times mean nothing.")
-        if self.products:
-            lines += [
-                "",
-                f"{'one product':<34}{'kernels us':>11}{'PyTorch us':>11}{'ratio':>7}  {'tile':<14}",
-            ]
-        for p in self.products:
-            what = f"{p.operation} {p.rows} x {p.K} -> {p.N}"
-            lines.append(f"{what:<34}{_row(p.us, p.torch_us)}  {p.tile or 'none'}")
-            lines += [f"    {p.problem}"] if p.problem else []
-        if self.stretches:
-            lines += [
-                "",
-                f"{'a stretch, with launching':<34}{'kernels us':>11}{'PyTorch us':>11}{'ratio':>7}",
-            ]
-        for s in self.stretches:
-            what = f"{s.mode} {s.rows} x {'-'.join(map(str, s.widths))}{' ReLU' if s.final_relu else ''}"
-            lines.append(f"{what:<34}{_row(s.us, s.torch_us)}")
-        if not self.products and not self.stretches:
-            lines.append("Everything asked for is in the table already; delete the file to measure anew.")
-        lines += ["", "ratio: PyTorch's time by ours. backend('auto') takes what took less time here."]
-        lines += [f"left out: {what}" for what in self.left_out]
-        return "\n".join([*lines, f"saved in {self.path}"])
-
-
-_HEAD = f"{'kernels us':>11}{'PyTorch us':>11}{'ratio':>7}"
-
-
-def _row(us: float | None, torch_us: float) -> str:
-    if us is None:
-        return f"{'-':>11}{torch_us:>11.2f}{'-':>7}"
-    return f"{us:>11.2f}{torch_us:>11.2f}{torch_us / us:>6.2f}x"
 
 
 class Tuning:
@@ -150,8 +70,8 @@ class Tuning:
     def _measure(self, shape: tuple[int, ...], end: float) -> bool:
         """Measure what is not known of this shape; False if there was no time for all of it."""
         rows, widths = shape[0], shape[1:]
-        layers = list(zip(widths[1:], widths, strict=False))
-        for N, K in dict.fromkeys(layers):
+        layers = list(itertools.pairwise(widths))
+        for K, N in dict.fromkeys(layers):
             for operation in self.kernels._tiles.OPERATIONS:
                 key = operation, self.kind, self.table.bucket(rows), N, K
                 if key in self._known.products or key in self.found.products:
@@ -162,20 +82,18 @@ class Tuning:
                 self.products.append(found[0])
                 if found[1] is not None:
                     self.found.products[key] = found[1]
-        # The stretches run on what was just chosen.
-        self.table.agree(self.index, self._known.joined(self.found))
         last = len(layers) - 1
         parts = [(widths[i : i + 2], self.final_relu or i < last) for i in range(last + 1)]
         for part, relu in dict.fromkeys([(widths, self.final_relu), *parts]):
             for mode in self.table.MODES:
-                stretch = mode, self.kind, self.table.bucket(rows), part, relu
-                if stretch in self._known.stretches or stretch in self.found.stretches:
+                which = mode, self.kind, self.table.bucket(rows), part, relu
+                if which in self._known.stretches or which in self.found.stretches:
                     continue
                 if time.monotonic() > end:
                     return False
-                us, torch_us = self._stretch(mode, rows, part, relu)
-                self.stretches.append(Stretch(mode, rows, part, relu, us, torch_us))
-                self.found.stretches[stretch] = self.table.Stretch(us, torch_us, "")
+                s = self._stretch(mode, rows, part, relu)
+                self.stretches.append(s)
+                self.found.stretches[which] = self.table.Stretch(s.us, s.torch_us, s.in_one, "")
         return True
 
     def _random(self, *shape: int) -> torch.Tensor:
@@ -236,19 +154,20 @@ class Tuning:
         shown = Product(operation, M, N, K, _words(tile), times[tile], torch_us, wrong)
         return shown, self.table.Product(tile, times[tile], torch_us)
 
-    def _stretch(self, mode: str, M: int, widths: tuple[int, ...], relu: bool) -> tuple[float, float]:
-        """A stretch on the kernels' path and on eager PyTorch."""
+    def _stretch(self, mode: str, M: int, widths: tuple[int, ...], relu: bool) -> Stretch:
+        """A stretch on eager PyTorch, and on the kernels' path with a launch a layer and with one for all."""
         training = mode == "training"
-        x = self._random(M, widths[0]).requires_grad_(training)
-        sizes = list(zip(widths[1:], widths, strict=False))
-        weights = [(self._random(N, K) / K**0.5).requires_grad_(training) for N, K in sizes]
-        biases = [self._random(N).requires_grad_(training) for N, _ in sizes]
-        grad_output = self._random(M, widths[-1])
+        x = self._random(M, widths[0])
+        layers = list(itertools.pairwise(widths))
+        weights = [self._random(N, K) / K**0.5 for K, N in layers]
+        biases = [self._random(N) for _, N in layers]
+        grad_output = self._random(M, widths[-1]) / M**0.5
+        inputs = [x, *weights, *biases]
 
         def call() -> None:
             y = functional.mlp(x, weights, biases, final_relu=relu)
             if training:
-                torch.autograd.grad(y, [x, *weights, *biases], grad_output)
+                torch.autograd.grad(y, inputs, grad_output)
 
         def ours() -> None:
             with _dispatch.measuring():
@@ -258,8 +177,68 @@ class Tuning:
             with _dispatch.backend("torch"):
                 call()
 
-        times = _wall_times({"ours": ours, "torch": torchs}, self.device)
-        return times["ours"], times["torch"]
+        found = []
+        problem = None
+        for in_one in (False, True) if self._fits_in_one(M, widths) else (False,):
+            # What runs is what a table says: the products that were just chosen, and this to be tried.
+            key = mode, self.kind, self.table.bucket(M), widths, relu
+            tried = self.table.Table({}, {key: self.table.Stretch(math.inf, math.inf, in_one, "")})
+            self.table.agree(self.index, self._known.joined(self.found).joined(tried))
+            if in_one:
+                problem = self._why_chain_not_right(training, grad_output, x, weights, biases, relu)
+                if problem is not None:
+                    break
+            for tensor in inputs:
+                tensor.requires_grad_(training)
+            times = _wall_times({"ours": ours, "torch": torchs}, self.device)
+            for tensor in inputs:
+                tensor.requires_grad_(False)
+            found.append((times["ours"], times["torch"], in_one))
+        us, torch_us, in_one = min(found, key=lambda times: times[0] / times[1])
+        return Stretch(mode, M, widths, relu, in_one, us, torch_us, problem)
+
+    def _fits_in_one(self, M: int, widths: tuple[int, ...]) -> bool:
+        """Whether there is a kernel for all of these layers."""
+        narrow = self.kernels.narrow
+        regular = all(map(self.kernels._launch.is_aligned, widths))
+        num_sms = self.kernels._launch.device_limits(self.index).num_sms
+        return (
+            len(widths) > 2 and narrow.select_form(M, widths, self.kind, regular, True, num_sms) is not None
+        )
+
+    def _why_chain_not_right(
+        self,
+        training: bool,
+        grad_output: torch.Tensor,
+        x: torch.Tensor,
+        weights: list[torch.Tensor],
+        biases: list[torch.Tensor],
+        relu: bool,
+    ) -> str | None:
+        """The chain as the table has it now against float64: its forward, and the backward of PyTorch's."""
+        keep = 0 if training else len(weights) - 1
+
+        def forward(room: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
+            return tuple(room.mlp_forward(*inputs, relu, keep))
+
+        def backward(
+            room: Any, grad: torch.Tensor, activations: Any, weights: Any
+        ) -> tuple[torch.Tensor, ...]:
+            needs = [True] * len(weights)
+            grad_x, *others = room.mlp_backward(grad, activations, weights, relu, 0, True, needs, needs)
+            return (grad_x, *others[0], *others[1])
+
+        steps: list[tuple[Any, ...]] = [(forward, x, weights, biases)]
+        if training:
+            activations = [x, *_reference.mlp_forward(x, weights, biases, relu, 0)]
+            steps.append((backward, grad_output, activations, weights))
+        for run, *inputs in steps:
+            wide = [[t.double() for t in one] if isinstance(one, list) else one.double() for one in inputs]
+            torchs, exact = run(_reference, *inputs), run(_reference, *wide)
+            problem = _why_not_right(functools.partial(run, self.kernels, *inputs), torchs, exact)
+            if problem is not None:
+                return f"{run.__name__}: {problem}"
+        return None
 
     def _on_disk(self) -> Any:
         """What is known; raises if a later version wrote it."""

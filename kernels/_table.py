@@ -40,11 +40,14 @@ class Product(NamedTuple):
 class Stretch(NamedTuple):
     """Microseconds of a whole stretch of layers, with launching, on the kernels' path and on eager PyTorch.
 
-    "inference" is its forward, "training" forward and backward with every gradient. source: measured on what.
+    "inference" is its forward, "training" forward and backward with every gradient. in_one: with one launch
+    for all layers' activations and one for their gradients, see narrow.py, else with one a layer, whichever
+    was faster. source: measured on what.
     """
 
     us: float
     torch_us: float
+    in_one: bool
     source: str
 
 
@@ -76,10 +79,19 @@ class Table:
         """What was measured of this product, with about as many rows."""
         return self.products.get((operation, kind, bucket(M), N, K))
 
-    def knows(self, kind: str, M: int, widths: tuple[int, ...]) -> bool:
-        """Whether some product of these layers was measured, and with it what is faster layer by layer."""
+    def in_one_launch(
+        self, mode: str, kind: str, M: int, widths: tuple[int, ...], final_relu: bool
+    ) -> bool | None:
+        """Whether these layers go in one launch, as was measured; None where nothing was.
+
+        Where only products of them were, the best is known for one launch a layer.
+        """
+        whole = self.stretches.get((mode, kind, bucket(M), widths, final_relu))
+        if whole is not None:
+            return whole.in_one
         layers = itertools.pairwise(widths)
-        return any(self.product(operation, kind, M, N, K) for K, N in layers for operation in OPERATIONS)
+        known = any(self.product(operation, kind, M, N, K) for K, N in layers for operation in OPERATIONS)
+        return False if known else None
 
     def stretch(
         self, mode: str, kind: str, M: int, widths: tuple[int, ...], final_relu: bool
@@ -117,7 +129,7 @@ class Table:
         if len(known) < layers:
             return None
         us, torch_us = sum(s.us for s in known), sum(s.torch_us for s in known)
-        return Stretch(us, torch_us, known[0].source), "as the sum of its layers"
+        return Stretch(us, torch_us, False, known[0].source), "as the sum of its layers"
 
 
 class Where(NamedTuple):
@@ -193,11 +205,13 @@ def _product(entry: Any) -> tuple[ProductKey, Product]:
 
 
 def _stretch(entry: Any, source: str) -> tuple[StretchKey, Stretch]:
-    mode, kind, rows, widths, final_relu, us, torch_us = entry
-    _check(mode in MODES and kind in CANDIDATES["forward"] and type(final_relu) is bool, entry)
+    mode, kind, rows, widths, final_relu, in_one, us, torch_us = entry
+    _check(mode in MODES and kind in CANDIDATES["forward"], entry)
+    _check(type(final_relu) is bool and type(in_one) is bool, entry)
     _check(all(type(size) is int and size > 0 for size in (rows, *widths)) and bucket(rows) == rows, entry)
     _check(len(widths) >= 2, entry)
-    return (mode, kind, rows, tuple(widths), final_relu), Stretch(*_times(us, torch_us, entry), source)
+    times = _times(us, torch_us, entry)
+    return (mode, kind, rows, tuple(widths), final_relu), Stretch(*times, in_one, source)
 
 
 def _times(us: Any, torch_us: Any, entry: Any) -> tuple[float, float]:
@@ -229,7 +243,7 @@ def to_text(here: Where, about: dict[str, str], table: Table) -> str:
         for key, product in sorted(table.products.items())
     ]
     stretches = [
-        [*key, round(stretch.us, 2), round(stretch.torch_us, 2)]
+        [*key, stretch.in_one, round(stretch.us, 2), round(stretch.torch_us, 2)]
         for key, stretch in sorted(table.stretches.items())
     ]
     parts = [f' "{name}": {json.dumps(value)}' for name, value in head.items()]

@@ -260,11 +260,13 @@ def _plan(
         hidden = widths[1:-1]
         columns = 2 * sum(hidden) - sum(hidden[keep:])  # written and read, or read
         weights = sum(N * K for K, N in itertools.pairwise(widths))
-        if (
-            form is None
-            or setting.table.knows(setting.kind, M, widths)
-            or not wins(form, M, weights, len(hidden), columns, ITEMSIZE[setting.kind], num_sms)
-        ):
+        if form is None:
+            return None
+        mode = "inference" if keep == len(hidden) else "training"
+        better = setting.table.in_one_launch(mode, setting.kind, M, widths, final_relu)
+        if better is None:
+            better = wins(form, M, weights, len(hidden), columns, ITEMSIZE[setting.kind], num_sms)
+        if not better:
             return None
     options = options_of(form, widths, setting) | {"STRIDES": strides, "KEEP": keep, "FINAL_RELU": final_relu}
     grid = programs(form, M, num_sms)

@@ -143,6 +143,7 @@ def _narrow_backward_kernel(
 @functools.lru_cache(PLANS)
 def _plan(
     M: int,
+    columns_in: int,  # of the chain's input, which for the kernel are 1 where x needs no gradient
     widths: tuple[int, ...],
     strides: tuple[tuple[int, ...], ...],
     final_relu: bool,
@@ -159,12 +160,13 @@ def _plan(
         launches = len(sizes) + final_relu - 1
         weights = sum(K * N for K, N in sizes)
         columns = sum(widths[1:]) if final_relu else sum(widths[1:-1])  # written and not read again
-        if (
-            form is None
-            or launches < 1
-            or setting.table.knows(setting.kind, M, widths)
-            or not wins(form, M, weights, launches, columns, ITEMSIZE[setting.kind], num_sms)
-        ):
+        if form is None or launches < 1:
+            return None
+        whole = (columns_in, *widths[1:])
+        better = setting.table.in_one_launch("training", setting.kind, M, whole, final_relu)
+        if better is None:
+            better = wins(form, M, weights, launches, columns, ITEMSIZE[setting.kind], num_sms)
+        if not better:
             return None
     options = options_of(form, widths, setting)
     options |= {"STRIDES": strides, "FINAL_RELU": final_relu, "BLOCK_C": BLOCK_C}
@@ -199,10 +201,11 @@ def narrow_backward(
     if not all(y is None or y.is_contiguous() for y in outputs):
         return None
     K = used[0].shape[1] if need_x else 1  # else it does not matter
+    columns_in = K if activations[0] is None else activations[0].shape[1]
     widths = (K, *[y.shape[1] for y in outputs[:last] if y is not None], grad_output.shape[1])
     regular = is_regular(grad_output) and all(map(is_regular, used))
     strides = tuple([(0, 0) if weight is None else weight.stride() for weight in weights])
-    plan = _plan(M, widths, strides, final_relu, need_x, regular, setting, form)
+    plan = _plan(M, columns_in, widths, strides, final_relu, need_x, regular, setting, form)
     if plan is None:
         return None
     form, grid, options = plan

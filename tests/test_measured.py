@@ -119,6 +119,29 @@ def test_each_product_runs_where_it_was_faster(
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("need_x", [True, False], ids=["input gradient", "no input gradient"])
+@pytest.mark.parametrize("known", [True, False], ids=["products measured", "no products measured"])
+@pytest.mark.parametrize("in_one", [True, False, None])
+def test_one_launch_where_that_was_measured_to_be_faster(
+    in_one: bool | None, known: bool, need_x: bool, install: Install, device: torch.device
+) -> None:
+    """And where nothing was, it is chosen by rule; where only products were, there is one a layer."""
+    for measured, other in (("training", "inference"), ("inference", "training")):
+        stretch = {} if in_one is None else stretches(50.0, measured, in_one=in_one)
+        install(products(lambda operation, i: 0.5) if known else {}, stretch)
+        model, x = chain(device)
+        x.requires_grad_(need_x)
+        with _dispatch.measuring():
+            there, back = launches(model, x)
+            with torch.no_grad():
+                (row,) = fusedmlp.explain(model, x.detach()).rows
+        found = {"training": (there, back[0]), "inference": (list(row.forward.launches or ()), None)}
+        one = ["narrow_forward"], "narrow_backward" if measured == "training" else None
+        assert (found[measured] == one) is (not known if in_one is None else in_one)
+        assert (found[other][0] == ["narrow_forward"]) is not known
+
+
+@pytest.mark.kernels
 def test_forced_is_forced_in_the_backward_too(install: Install, device: torch.device) -> None:
     install(products(lambda operation, i: 2.0), {})
     model, x = chain(device)
@@ -159,11 +182,10 @@ def test_the_measured_tile_is_used(install: Install, device: torch.device) -> No
 
 
 def stretches(
-    us: float, mode: str = "training", widths: tuple[int, ...] = WIDTHS
+    us: float, mode: str = "training", widths: tuple[int, ...] = WIDTHS, in_one: bool = False
 ) -> dict[Any, _table.Stretch]:
-    return {
-        (mode, "ieee", _table.bucket(M), widths, False): _table.Stretch(us, 100.0, "a test's device, today")
-    }
+    measured = _table.Stretch(us, 100.0, in_one, "a test's device, today")
+    return {(mode, "ieee", _table.bucket(M), widths, False): measured}
 
 
 @pytest.mark.parametrize(("us", "worth"), [(50, True), (97, True), (99, False), (100, False), (200, False)])
@@ -176,6 +198,8 @@ def test_a_measured_stretch_goes_where_it_was_faster(us: float, worth: bool, ins
     if worth:
         assert reason is None
         assert _dispatch._why_fused(x, weights, biases, False) == figures
+        install({}, stretches(us, in_one=True))
+        assert "as a whole in one launch for training" in _dispatch._why_fused(x, weights, biases, False)
     else:
         assert reason == f"the kernels are not faster: {figures}"
     # Another mode, another ending, and what a compiler will fuse were not measured: the rule decides.

@@ -34,7 +34,7 @@ def content(**changes: Any) -> dict[str, Any]:
         "triton": MINOR,
         "date": "2026-01-02",
         "products": [["forward", "half", 1024, 256, 128, list(TILE), 10.0, 20.0]],
-        "stretches": [["training", "half", 1024, [128, 256], True, 30.0, 40.0]],
+        "stretches": [["training", "half", 1024, [128, 256], True, False, 30.0, 40.0]],
     } | changes
 
 
@@ -72,7 +72,7 @@ def test_a_table_is_used(users_file: pathlib.Path) -> None:
         assert table.product(*other) is None
     found = table.stretch("training", "half", 1000, (128, 256), True)
     source = f"interpreter, Triton {MINOR}, 2026-01-02"
-    assert found == (_table.Stretch(30.0, 40.0, source), "as a whole")
+    assert found == (_table.Stretch(30.0, 40.0, False, source), "as a whole")
     assert table.stretch("inference", "half", 1000, (128, 256), True) is None
     assert table.stretch("training", "half", 1000, (128, 256), False) is None
 
@@ -87,17 +87,23 @@ def test_without_files_nothing_is_known(users_file: pathlib.Path) -> None:
 
 def test_layers_measured_alone_add_up() -> None:
     measured = {
-        ("training", "half", 1024, (8, 16), True): _table.Stretch(1.0, 10.0, "here"),
-        ("training", "half", 1024, (16, 4), True): _table.Stretch(2.0, 20.0, "here"),
-        ("training", "half", 1024, (16, 4), False): _table.Stretch(4.0, 40.0, "here"),
-        ("training", "half", 1024, (8, 16, 16, 4), False): _table.Stretch(7.0, 70.0, "here"),
+        ("training", "half", 1024, (8, 16), True): _table.Stretch(1.0, 10.0, False, "here"),
+        ("training", "half", 1024, (16, 4), True): _table.Stretch(2.0, 20.0, False, "here"),
+        ("training", "half", 1024, (16, 4), False): _table.Stretch(4.0, 40.0, False, "here"),
+        ("training", "half", 1024, (8, 16, 16, 4), False): _table.Stretch(7.0, 70.0, False, "here"),
     }
     table = _table.Table(None, measured)
     how = "as the sum of its layers"
-    assert table.stretch("training", "half", 1024, (8, 16, 4), False) == (_table.Stretch(5, 50, "here"), how)
-    assert table.stretch("training", "half", 1024, (8, 16, 4), True) == (_table.Stretch(3, 30, "here"), how)
+    assert table.stretch("training", "half", 1024, (8, 16, 4), False) == (
+        _table.Stretch(5, 50, False, "here"),
+        how,
+    )
+    assert table.stretch("training", "half", 1024, (8, 16, 4), True) == (
+        _table.Stretch(3, 30, False, "here"),
+        how,
+    )
     whole = table.stretch("training", "half", 1024, (8, 16, 16, 4), False)
-    assert whole == (_table.Stretch(7, 70, "here"), "as a whole")
+    assert whole == (_table.Stretch(7, 70, False, "here"), "as a whole")
     assert table.stretch("training", "half", 1024, (8, 16, 16, 4), True) is None  # 16 -> 16 was not measured
 
 
@@ -126,15 +132,15 @@ WRONG = {
         "has an entry that is none",
     ),
     "negative": (
-        json.dumps(content(stretches=[["training", "half", 1024, [128, 256], True, -1.0, 1.0]])),
+        json.dumps(content(stretches=[["training", "half", 1024, [128, 256], True, True, -1.0, 1.0]])),
         "has an entry that is none",
     ),
     "text for a time": (
-        json.dumps(content(stretches=[["training", "half", 1024, [128, 256], True, "1", 1.0]])),
+        json.dumps(content(stretches=[["training", "half", 1024, [128, 256], True, True, "1", 1.0]])),
         "has an entry that is none",
     ),
     "no bucket": (
-        json.dumps(content(stretches=[["training", "half", 1000, [128, 256], True, 1.0, 1.0]])),
+        json.dumps(content(stretches=[["training", "half", 1000, [128, 256], True, False, 1.0, 1.0]])),
         "has an entry that is none",
     ),
     "operation": (

@@ -14,13 +14,13 @@ import torch
 from conftest import HAS_TRITON
 
 import fusedmlp
-from fusedmlp import _dispatch, _tuning
+from fusedmlp import _dispatch, _tuned, _tuning
 
 if not HAS_TRITON:
     pytest.skip("Triton is not installed: no kernels to measure", allow_module_level=True)
 pytest.importorskip("platformdirs")
 
-from fusedmlp.kernels import _table, forward
+from fusedmlp.kernels import _launch, _table, forward, mlp
 
 INDEX = 0 if torch.cuda.is_available() else None
 KIND = "ieee"
@@ -88,8 +88,69 @@ def test_a_wrong_tile_is_told_of_and_never_chosen(
     assert shown.us is None
     assert "error" in str(shown.problem)
     assert "64x64x16, 8 warps: maximum error" in str(shown.problem)
-    tuned = _tuning.Tuned("here", "float32", (shown,), (), (), "there")
+    tuned = _tuned.Tuned("here", "float32", (shown,), (), (), "there")
     assert "maximum error" in str(tuned)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("faster", [True, False])
+def test_one_launch_for_a_chain_is_tried(
+    faster: bool, users_file: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way is what runs while it is timed, and the faster one is what runs from then on."""
+    shape = 20, 16, 32, 7
+    model = fusedmlp.nn.MLP(16, [32], 7, device="cpu" if INDEX is None else "cuda")
+    x = torch.randn(20, 16, device=model[0].weight.device)
+    timed = []
+
+    def times(runs: dict[str, Any], device: torch.device) -> dict[str, float]:
+        names: list[str] = []
+        with _launch.dry_run(lambda name, args: names.append(name)):
+            runs["ours"]()
+        timed.append(names)
+        one = any(name.startswith("narrow") for name in names)
+        return {"ours": 1.0 if one is faster else 2.0, "torch": 3.0}
+
+    monkeypatch.setattr(_tuning, "_wall_times", times)
+    tuned = fusedmlp.tune([shape], torch.float32)
+    assert [s.in_one for s in tuned.stretches] == [faster, faster, *[False] * 4]  # the chain, and its layers
+    assert [s.us for s in tuned.stretches] == [1.0, 1.0, *[2.0 if faster else 1.0] * 4]
+    assert [name for names in timed[:2] for name in names if "narrow" in name] == ["narrow_forward"]
+    assert {"narrow_forward", "narrow_backward"} & set(timed[2]) == set()
+    assert {"narrow_forward", "narrow_backward"} <= set(timed[3])
+    assert ("in one launch" in str(tuned)) is faster
+    assert {s.in_one for key, s in on_disk(users_file).stretches.items() if len(key[3]) == 3} == {faster}
+    with _dispatch.measuring(), torch.no_grad():
+        (row,) = fusedmlp.explain(model, x).rows
+    assert (row.forward.launches == ("narrow_forward",)) is faster
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def test_a_wrong_launch_for_all_layers_is_told_of_and_never_chosen(
+    step: str, users_file: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, name = mlp, f"narrow_{step}"
+    right = getattr(room, name)
+
+    def wrong(*args: Any) -> Any:
+        found = right(*args)
+        if found is not None:
+            (found[-1] if step == "forward" else found[0]).add_(1)
+        return found
+
+    monkeypatch.setattr(room, name, wrong)
+    timings = iter([2.0, 1.0])  # if it were timed, it would be chosen
+    monkeypatch.setattr(_tuning, "_wall_times", lambda *_: {"ours": next(timings), "torch": 3.0})
+    tuning = _tuning.Tuning(torch.device("cpu" if INDEX is None else "cuda"), torch.float32, False)
+    try:
+        stretch = tuning._stretch("training", 20, (16, 32, 7), False)
+    finally:
+        _table.disagree(INDEX)
+    assert not stretch.in_one
+    assert str(stretch.problem).startswith(f"{step}: maximum error")
+    tuned = _tuned.Tuned("here", "float32", (), (stretch,), (), "there")
+    assert f"in one launch: {step}: maximum error" in str(tuned)
 
 
 MISTAKES: dict[str, Any] = {
@@ -168,6 +229,8 @@ def python(code: str, cache: pathlib.Path, *arguments: str, **environment: str) 
         [sys.executable, "-c", code, *arguments], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"XDG_CACHE_HOME": str(cache)} | environment,
+        # A shell that runs the tests in the background makes them, and so this, ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
 
