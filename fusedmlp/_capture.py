@@ -19,6 +19,9 @@ from fusedmlp._recipe import why_update_unknown
 _WARM_UP = 3  # steps of a shape before it is captured: libraries choose and allocate in the first ones
 _MOST = 16  # graphs, each with memory of its own
 
+ForwardBackward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # a batch to its loss, .grad filled
+Update = Callable[[], None]  # by what is in .grad
+
 
 def why_not(
     model: torch.nn.Module, loss_fn: Any, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor
@@ -87,7 +90,14 @@ def fingerprint(
 class Graph:
     """A captured step: call it with a batch of the same shapes and dtypes."""
 
-    def __init__(self, steps: "Graphs", x: torch.Tensor, y: torch.Tensor) -> None:
+    def __init__(
+        self,
+        steps: "Graphs",
+        x: torch.Tensor,
+        y: torch.Tensor,
+        forward_backward: ForwardBackward,
+        update: Update,
+    ) -> None:
         self.model, self.loss_fn, self.optimizer = steps.model, steps.loss_fn, steps.optimizer
         self.with_update = takes_update(self.optimizer)
         self.fingerprint = fingerprint(self.model, self.loss_fn, self.optimizer, self.with_update)
@@ -104,10 +114,10 @@ class Graph:
         self.graph = torch.cuda.CUDAGraph()
         # Only what this thread does must fit into a graph: a loader's thread may copy meanwhile.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.loss = steps.forward_backward(self.x, self.y)
+            self.loss = forward_backward(self.x, self.y)
             if self.with_update:
                 with _for_capture(groups, self.rates):
-                    steps.update()
+                    update()
         if not self.is_current():
             raise RuntimeError(
                 "forward or backward changes attributes of the model, which no replay would do"
@@ -119,7 +129,7 @@ class Graph:
             self.model, self.loss_fn, self.optimizer, self.with_update
         )
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor, update: Callable[[], None]) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, update: Update) -> torch.Tensor:
         renew(self.rates, self.values, self.optimizer)
         self.x.copy_(x)
         self.y.copy_(y)
@@ -168,27 +178,19 @@ def renew(rates: list[torch.Tensor], values: list[float], optimizer: torch.optim
 
 
 class Graphs:
-    """The graphs of one model, loss and optimizer.
+    """The graphs of one model, loss and optimizer."""
 
-    forward_backward: from a batch to its loss, detached, the gradients in ``.grad``; update: by those.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        loss_fn: Any,
-        optimizer: torch.optim.Optimizer,
-        forward_backward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        update: Callable[[], None],
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, loss_fn: Any, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
-        self.forward_backward, self.update = forward_backward, update
         self.failure: str | None = None
         self.graphs: dict[Any, Graph] = {}
         self.seen: dict[Any, int] = {}
         self.stream: torch.cuda.Stream | None = None
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, y: torch.Tensor, forward_backward: ForwardBackward, update: Update
+    ) -> torch.Tensor:
+        """A step. What it consists of is given each time: kept, it would lead from its owner back to that."""
         with torch.cuda.device(x.device):
             key = x.shape, x.dtype, x.device, y.shape, y.dtype
             graph = self.graphs.get(key)
@@ -198,16 +200,18 @@ class Graphs:
             if graph is None:
                 self.seen[key] = self.seen.get(key, 0) + 1
                 if self.seen[key] <= _WARM_UP or len(self.graphs) >= _MOST:
-                    return self._as_it_is(x, y)
+                    return self._as_it_is(x, y, forward_backward, update)
                 try:
-                    graph = self.graphs[key] = Graph(self, x, y)
+                    graph = self.graphs[key] = Graph(self, x, y, forward_backward, update)
                 except Exception as error:
                     self.failure = f"capturing it raised {type(error).__name__}: {error}".splitlines()[0]
                     warnings.warn(f"the step runs eagerly: {self.failure}", stacklevel=4)
-                    return self._as_it_is(x, y)
-            return graph(x, y, self.update)
+                    return self._as_it_is(x, y, forward_backward, update)
+            return graph(x, y, update)
 
-    def _as_it_is(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def _as_it_is(
+        self, x: torch.Tensor, y: torch.Tensor, forward_backward: ForwardBackward, update: Update
+    ) -> torch.Tensor:
         """On a side stream, as nodes of autograd remember the stream, and the default one is not captured."""
         if self.stream is None or self.stream.device != x.device:
             self.stream = torch.cuda.Stream(x.device)
@@ -215,8 +219,8 @@ class Graphs:
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             self.optimizer.zero_grad()
-            loss = self.forward_backward(x, y)
-            self.update()
+            loss = forward_backward(x, y)
+            update()
         current.wait_stream(self.stream)
         for tensor in (x, y, loss):  # of one stream, used on another
             tensor.record_stream(current if tensor is loss else self.stream)

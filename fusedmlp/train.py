@@ -62,7 +62,7 @@ class TrainStep:
         self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
         self._clip_grad_norm, self._accumulate = clip_grad_norm, accumulate
         self._scaler, self._asked_dtype = scaler, compute_dtype
-        self._graphs = _capture.Graphs(model, loss_fn, optimizer, self._forward_backward, self._update)
+        self._graphs = _capture.Graphs(model, loss_fn, optimizer)
         self._two_launches = _two_launches.TwoLaunches()
         self._warned = False
         self._accumulated = 0  # calls whose gradients wait in .grad
@@ -75,7 +75,7 @@ class TrainStep:
             self._tell_scheduler()
             return loss
         if _is_on(x, "cuda") and self._why_not_graph(x, y) is None:
-            return self._graphs(x, y)
+            return self._graphs(x, y, self._forward_backward, self._update)
         recipe = self._recipe_for_direct(x, y)
         if isinstance(recipe, str):
             return self._ordinary(x, y)

@@ -1,8 +1,10 @@
 """TrainStep gives what the plain loop gives: losses, parameters, the optimizer's state; whatever changes."""
 
 import copy
+import gc
 import io
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -435,3 +437,22 @@ def test_number_of_threads_is_left_alone() -> None:
     twins = Twins(mlp(), OPTIMIZERS["SGD"])
     twins.train(batches(2))
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("loss_fn", [CROSS_ENTROPY, lambda y, target: CROSS_ENTROPY(y, target)])
+def test_nothing_waits_for_the_collector_of_garbage(loss_fn: Any) -> None:
+    """A step, its model and its buffers are gone when nobody has them any more."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = mlp()
+        step = fusedmlp.TrainStep(model, loss_fn, torch.optim.Adam(model.parameters()))
+        for x, y in batches(3):
+            step(x, y)
+            step.explain(x, y)
+        step.epoch(x, y, 4)
+        parts = [weakref.ref(it) for it in (step, model, step._graphs)]
+        del step, model
+        assert [part() for part in parts] == [None] * 3
+    finally:
+        gc.enable()
