@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import fusedmlp
-from fusedmlp import functional
+from fusedmlp import _dispatch, functional
 from fusedmlp._autograd import fused_mlp
 
 pytest.importorskip("triton", reason="Triton is not installed: no kernels to launch")
@@ -100,11 +100,23 @@ def test_host(benchmark: Any, what: str, mode: str, layer: str) -> None:
         benchmark(call)
 
 
-@pytest.mark.parametrize("asked", [False, True], ids=["without", "with"])
-def test_host_quick_look(benchmark: Any, monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
-    benchmark.group = "host time of the predicate, 1 layer, PyTorch's path on a CPU"
-    weight, bias, x = torch.randn(16, 16), torch.randn(16), torch.randn(16, 16)
-    if not asked:
-        monkeypatch.setattr(functional, "surely_unfused", lambda _: True)
+@pytest.mark.parametrize("who", ["eager", "auto", "auto, all asked"])
+@pytest.mark.parametrize("what", COUNTS)
+def test_host_where_little_is_computed(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, what: str, who: str
+) -> None:
+    """What backend("auto") costs before it leaves a small network to PyTorch's operators, as it should.
+
+    "all asked": by the whole predicate, not by its quick look. Without a GPU, CPU tensors pass for its own.
+    """
+    benchmark.group = f"host time where little is computed, {what}, forward"
+    plain, fused = networks(COUNTS[what])
+    x = torch.randn(16, 16, device=DEVICE)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(functional, "surely_unfused", lambda x: False)
+        monkeypatch.setattr(_dispatch, "_interpreted", lambda x: True)
+        monkeypatch.setattr(_dispatch, "_why_not_here", lambda device_type, index: None)
+    if who == "auto, all asked":
+        monkeypatch.setattr(functional, "surely_too_little", lambda x, weights: False)
     with fusedmlp.backend("auto"):
-        benchmark(lambda: functional.linear_relu(x, weight, bias))
+        benchmark(lambda: (plain if who == "eager" else fused)(x))

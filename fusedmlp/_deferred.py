@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map_only
 
 from fusedmlp import functional, nn
-from fusedmlp._dispatch import autocast_dtype, forced, quiet, record, surely_unfused
+from fusedmlp._dispatch import autocast_dtype, forced, quiet, record, surely_too_little, surely_unfused
 
 _MODULE_CALL = torch.nn.Module.__call__
 _RELU = (torch.relu, torch.Tensor.relu)
@@ -80,7 +80,7 @@ class LinearBeforeReLU(nn.Linear):
     @nn._scripted_as(nn._plain_linear)
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
-        if surely_unfused(input):
+        if surely_unfused(input) or surely_too_little(input, (weight,)):
             return functional.linear(input, weight, bias)
         if torch.compiler.is_compiling():
             # A compiler sees the ReLU too, and could not look into a tensor that waits for it.

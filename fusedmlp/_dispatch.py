@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -35,6 +36,10 @@ _LARGEST = 2**31 - 2**20
 _LEAST_FLOPS = 1e9
 _LEAST_GAIN = 0.98  # what was measured to take longer than this part of PyTorch's time may be noise
 _MOST_INTENSITY = 150
+
+
+# By name: small calls count.
+_function_modes, _tracing_state = torch._C._len_torch_function_stack, torch._C._get_tracing_state
 
 
 class Run(NamedTuple):
@@ -145,6 +150,32 @@ def quiet() -> bool:
 def surely_unfused(x: torch.Tensor) -> bool:
     """A quick sign that why_not_fused has a reason, for who needs no words: on a CPU every call counts."""
     return type(x) is torch.Tensor and x.is_cpu and _chosen.quiet
+
+
+def surely_too_little(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
+    """The same for a GPU, by the rule of "auto" where nothing was measured: that a launch costs more.
+
+    Where the arithmetic takes next to no time, the 4 us of why_not_fused would be a third of eager's call.
+    """
+    if (
+        not _chosen.quiet
+        or type(x) is not torch.Tensor
+        or is_compiling()
+        or _tracing_state() is not None  # which would note that a size was asked for
+        or _function_modes() > 0
+    ):
+        return False
+    try:
+        products = 0
+        for weight in weights:
+            products += weight.numel()
+        if 2 * x.numel() * products >= _LEAST_FLOPS * len(weights) * max(1, x.size(-1)):
+            return False
+    except (AttributeError, IndexError):  # no tensor, or of no dimension
+        return False
+    if not _may_have_kernels():
+        return True
+    return not kernels().table_of(x.device.index if x.is_cuda else None).stretches
 
 
 def why_no_kernels(x: torch.Tensor) -> str | None:
@@ -434,6 +465,11 @@ def kernels() -> ModuleType:
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _may_have_kernels() -> bool:
+    return has_triton() and torch.version.hip is None
 
 
 def _interpreted(x: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ from fusedmlp._dispatch import (
     forced,
     quiet,
     record,
+    surely_too_little,
     surely_unfused,
     why_not_fused,
     why_not_fused_mlp,
@@ -52,7 +53,7 @@ def linear_relu(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     tensor(True)
     """
     try:
-        if surely_unfused(input):
+        if surely_unfused(input) or surely_too_little(input, (weight,)):
             return _onednn.linear_forward(input, weight, bias, True)
         return _fused_or_reason(input, [weight], [bias], True)
     except RuntimeError as error:
@@ -91,7 +92,7 @@ def mlp(
             f"got {len(weights)} weights and {len(biases)} biases"
         )
     try:
-        if surely_unfused(x):
+        if surely_unfused(x) or surely_too_little(x, weights):
             return _plain(x, weights, biases, final_relu)
         return _fused_or_reason(x, weights, biases, final_relu)
     except RuntimeError as error:

@@ -1,8 +1,10 @@
 """The predicate: what it lets through, what it does not, and the reason it names."""
 
+import itertools
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmlp
-from fusedmlp.functional import linear_relu, why_not_fused
+from fusedmlp import _dispatch, functional
+from fusedmlp.functional import linear_relu, mlp, why_not_fused, why_not_fused_mlp
 
 
 class Subclass(torch.Tensor):
@@ -23,7 +26,12 @@ class Subclass(torch.Tensor):
 
 
 class Watching(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
         return func(*args, **(kwargs or {}))
 
 
@@ -159,6 +167,63 @@ def test_the_rule_of_auto(
     )
     got = why_not_fused(x, weight, relu=relu)
     assert got is None if reason is None else reason in str(got)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("widths", [(256, 256), (1, 7, 10), (784, 256, 128, 10), (64,) * 9], ids=str)
+def test_the_quick_look_is_the_rule(widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right up to its edge, with CPU tensors that pass for a GPU's."""
+    monkeypatch.setattr(_dispatch, "_interpreted", lambda x: True)
+    monkeypatch.setattr(_dispatch, "_why_not_here", lambda device_type, index: None)
+    weights = [torch.empty(N, K) for K, N in itertools.pairwise(widths)]
+    edge = int(_dispatch._LEAST_FLOPS * len(weights) / 2 / sum(map(torch.numel, weights)))
+    shapes = [(rows, widths[0]) for rows in (0, 1, edge - 1, edge, edge + 1, 4 * edge)]
+    for shape in [*shapes, (2, edge, widths[0]), (widths[0],)]:
+        x = torch.empty(()).expand(shape)  # of any size in no memory
+        reason = why_not_fused_mlp(x, weights, [None] * len(weights), final_relu=True)
+        assert _dispatch.surely_too_little(x, weights) is ("too little" in str(reason)), shape
+
+
+def test_where_little_is_computed_no_more_than_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor of anything else that goes to PyTorch in any case."""
+    x, weight, bias = tensors("meta")
+    model = fusedmlp.nn.MLP(4, [5, 3], 2, device="meta")
+    with monkeypatch.context() as patched:
+        patched.setattr(functional, "why_not_fused_mlp", None)  # so that it cannot be called
+        for layer in (x, x[0], x[None]):
+            assert linear_relu(layer, weight, bias).shape == (*layer.shape[:-1], 2)
+            assert model(layer).shape == (*layer.shape[:-1], 2)
+    # Who forces or listens gets the reason in words.
+    with pytest.raises(RuntimeError, match="x is on the meta"), fusedmlp.backend("triton"):
+        linear_relu(x, weight, bias)
+    assert "x is on the meta" in str(fusedmlp.explain(model, x))
+    # And mistakes are PyTorch's to refuse.
+    for wrong in ((x[0, 0], weight), (x, weight.t()), (x, None), (x, 3), (None, weight)):
+        for function in (
+            lambda x, weight: linear_relu(x, weight),
+            lambda x, weight: mlp(x, [weight], [None]),
+        ):
+            with pytest.raises((RuntimeError, TypeError, AttributeError)) as ours:
+                function(*wrong)
+            with pytest.raises((RuntimeError, TypeError, AttributeError)) as torchs:
+                torch.nn.functional.linear(*wrong)
+            assert ours.type is torchs.type, wrong
+
+
+def test_who_traces_sees_no_quick_look() -> None:
+    x, weight, bias = tensors("cpu")
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        assert not _dispatch.surely_too_little(x, [weight])
+        return linear_relu(x, weight, bias)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        assert "numel" not in str(torch.jit.trace(look, x, check_trace=False).graph)
+    with Watching() as mode:
+        look(x)
+    assert not {"numel", "size"} & {function.__name__ for function in mode.seen}
+    assert _dispatch.surely_too_little(x, [weight])
 
 
 def test_asking_for_kernels_where_there_are_none_says_why() -> None:

@@ -202,6 +202,8 @@ def test_a_measured_stretch_goes_where_it_was_faster(us: float, worth: bool, ins
         assert "as a whole in one launch for training" in _dispatch._why_fused(x, weights, biases, False)
     else:
         assert reason == f"the kernels are not faster: {figures}"
+    # Where something was measured, it is looked up.
+    assert not _dispatch.surely_too_little(x, weights)
     # Another mode, another ending, and what a compiler will fuse were not measured: the rule decides.
     with torch.no_grad():
         assert "too little" in str(_dispatch._why_not_worth_it(x, weights, biases, False, False))
