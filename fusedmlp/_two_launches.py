@@ -136,7 +136,7 @@ class TwoLaunches:
         """Whether the graph holds now what ``run`` launches."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.device(device), torch.cuda.graph(graph):
+            with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 run()
         except RuntimeError as error:
             text = f"an epoch could not be captured in a CUDA graph, and goes launch by launch: {error}"
