@@ -1,5 +1,6 @@
 """The suite's one measure of right, the package's: the error against float64, in units of PyTorch's own."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
 
@@ -54,6 +55,15 @@ def assert_all_right(
                     known[j] = max(known[j][0], error[0]), max(known[j][1], error[1])
             problem = _measure.compare(mine, its, true, factor, floor, known[i]).problem
         assert problem is None, f"{name}: {problem}"
+
+
+def nearby(model: torch.nn.Module, nudge: Callable[[torch.Tensor], torch.Tensor]) -> torch.nn.Module:
+    """The model with every parameter where ``nudge`` moves it, see assert_all_right."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(nudge(parameter))
+    return model
 
 
 def surrounded(t: torch.Tensor) -> torch.Tensor:

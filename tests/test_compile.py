@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo
 from compatibility import Route
-from oracle import assert_right
+from oracle import assert_all_right, nearby
 from torch import nn as tnn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -90,11 +90,17 @@ def same(route: Route, call: Any, model: tnn.Module, x: torch.Tensor) -> None:
         theirs = results(model, model, x)
         exact = results(model.double(), model, x.double())
         model.float()
-    for i, (our, its, right) in enumerate(zip(mine, theirs, exact, strict=True)):
-        if route.kernels:
-            assert_right(our, its, right, f"result {i}")
-        else:
-            torch.testing.assert_close(our, its, rtol=0, atol=0)
+
+    def again(nudge: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        with fusedmlp.backend("torch"):
+            other = nearby(model, nudge)
+            return results(other, other, nudge(x))
+
+    if route.kernels:
+        # Each kernel is held to twice PyTorch's error in test_kernels.py; here several follow one another.
+        assert_all_right(mine, theirs, exact, [f"result {i}" for i in range(len(exact))], again, factor=3)
+    else:
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
 def fused_of(model: tnn.Module, x: torch.Tensor) -> list[str]:
