@@ -10,7 +10,7 @@ if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_pathlib.Path(__file__).parent.parent))
 
 from fusedmlp import convert, functional, nn
-from fusedmlp._dispatch import backend
+from fusedmlp._backend import backend
 from fusedmlp._explain import explain
 from fusedmlp._tune import tune
 from fusedmlp._verify import verify

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fusedmlp import _dispatch, _ops, _reference
+from fusedmlp import _backend, _dispatch, _ops, _reference
 
 
 class FusedMLP(torch.autograd.Function):
@@ -127,7 +127,7 @@ def fused_mlp(
         or any(weight.requires_grad for weight in weights)
         or any(bias is not None and bias.requires_grad for bias in biases)
     ):
-        y = FusedMLP.apply(rows, final_relu, _dispatch.forced(), len(weights), *weights, *biases)
+        y = FusedMLP.apply(rows, final_relu, _backend.forced(), len(weights), *weights, *biases)
     else:
         if torch.compiler.is_compiling():
             launch = _ops.mlp_forward
@@ -135,6 +135,6 @@ def fused_mlp(
             launch = _dispatch.kernels().mlp_forward
             if torch._C._autograd._profiler_enabled():  # which autograd tells the Function's name
                 launch = torch.autograd.profiler.record_function("FusedMLP")(launch)
-        (y,) = launch(rows, weights, biases, final_relu, len(weights) - 1, _dispatch.forced())
+        (y,) = launch(rows, weights, biases, final_relu, len(weights) - 1, _backend.forced())
     # Not a view, as eager's result is none: one made under no_grad could not be modified in place later.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weights[-1].shape[0]))

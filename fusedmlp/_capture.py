@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import _has_any_global_hook
 
-from fusedmlp import _dispatch
+from fusedmlp import _backend
 from fusedmlp._recipe import why_update_unknown
 
 _WARM_UP = 3  # steps of a shape before it is captured: libraries choose and allocate in the first ones
@@ -248,7 +248,7 @@ def _settings() -> tuple[Any, ...]:
     """Of PyTorch and of this package: what decides which kernels run."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
-        _dispatch.forced(),
+        _backend.forced(),
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         cuda.matmul.fp32_precision,

@@ -10,7 +10,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map_only
 
 from fusedmlp import functional, nn
-from fusedmlp._dispatch import autocast_dtype, forced, quiet, record, surely_too_little, surely_unfused
+from fusedmlp._backend import forced, quiet
+from fusedmlp._dispatch import autocast_dtype, record, surely_too_little, surely_unfused
 
 _MODULE_CALL = torch.nn.Module.__call__
 _RELU = (torch.relu, torch.Tensor.relu)

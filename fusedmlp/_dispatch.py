@@ -3,14 +3,11 @@
 The only module that imports ``fusedmlp.kernels``, and with it Triton, and only once kernels are to run.
 """
 
-import contextlib
 import functools
 import importlib
 import importlib.util
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Literal, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -19,11 +16,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from fusedmlp import _reference
+from fusedmlp._backend import MEASURING, Run, chosen, forced
 
-Backend = Literal["auto", "triton", "torch"]
-
-_BACKENDS = ("auto", "triton", "torch")
-_MEASURING = "measuring"  # the kernels' path, each product of it where it was measured to be faster
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Rows or columns: the kernels count them in 32 bits, rounded up to whole tiles and parts, and offsets in 64.
@@ -42,83 +36,6 @@ _MOST_INTENSITY = 150
 _function_modes, _tracing_state = torch._C._len_torch_function_stack, torch._C._get_tracing_state
 
 
-class Run(NamedTuple):
-    """A stretch of layers as it ran: what explain() is told."""
-
-    x: torch.Tensor
-    weights: Sequence[torch.Tensor]
-    biases: Sequence[torch.Tensor | None]
-    final_relu: bool
-    reason: str | None  # why not on the kernels
-    basis: str | None  # why on the kernels
-
-
-class _Chosen(threading.local):
-    """What holds in this thread. torch.compile cannot trace a ContextVar in torch 2.11."""
-
-    def __init__(self) -> None:  # in every thread; with defaults in the class torch 2.11 would trace those
-        self.backend: str = "auto"
-        self.note: Callable[[Run], None] | None = None  # who is told of every stretch
-        self.quiet = True  # neither forced nor recorded: what a call on the CPU looks at
-
-
-_chosen = _Chosen()
-
-
-def _choose(backend: str, note: Callable[[Run], None] | None) -> None:
-    _chosen.backend, _chosen.note = backend, note
-    _chosen.quiet = backend in ("auto", "torch") and note is None
-
-
-@contextlib.contextmanager
-def backend(name: Backend) -> Iterator[None]:
-    """Choose what runs inside the ``with`` block, in this thread.
-
-    - ``"auto"``, the default: the Triton kernels where they can run and were measured to win, and where
-      nothing was measured, where they should; else PyTorch's operators;
-    - ``"triton"``: the kernels throughout, or a RuntimeError with the reason why they cannot run;
-    - ``"torch"``: PyTorch's operators.
-
-    The backward of a layer runs on what its forward ran on. Activation checkpointing runs the forward again
-    during the backward, on a GPU in another thread: give it this context by its ``context_fn``. Under
-    ``torch.compile`` the kernels are operators in the compiler's graph, and PyTorch's operators are the
-    compiler's to fuse. Raises ValueError for any other name.
-
-    >>> with fusedmlp.backend("torch"):
-    ...     y = model(x)
-    """
-    if name not in _BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {name!r}")
-    before = _chosen.backend
-    _choose(name, _chosen.note)
-    try:
-        yield
-    finally:
-        _choose(before, _chosen.note)
-
-
-@contextlib.contextmanager
-def measuring() -> Iterator[None]:
-    """Inside, in this thread, the kernels' path is taken as "auto" takes it, worth it or not."""
-    before = _chosen.backend
-    _choose(_MEASURING, _chosen.note)
-    try:
-        yield
-    finally:
-        _choose(before, _chosen.note)
-
-
-@contextlib.contextmanager
-def recorded(note: Callable[[Run], None]) -> Iterator[None]:
-    """Inside, in this thread, ``note`` is told of every stretch of fused layers right before it runs."""
-    before = _chosen.note
-    _choose(_chosen.backend, note)
-    try:
-        yield
-    finally:
-        _choose(_chosen.backend, before)
-
-
 def record(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],
@@ -127,29 +44,14 @@ def record(
     reason: str | None,
 ) -> None:
     """Tell who listens, if there is somebody."""
-    if _chosen.note is not None:
+    if chosen.note is not None:
         basis = _why_fused(x, weights, biases, final_relu) if reason is None else None
-        _chosen.note(Run(x, weights, biases, final_relu, reason, basis))
-
-
-def forced() -> bool:
-    """Whether ``backend("triton")`` is in force."""
-    return _chosen.backend == "triton"
-
-
-def plain_torch() -> bool:
-    """Whether ``backend("torch")`` is in force."""
-    return _chosen.backend == "torch"
-
-
-def quiet() -> bool:
-    """Whether a call with nothing to fuse may go straight to PyTorch: neither forced nor recorded."""
-    return _chosen.quiet
+        chosen.note(Run(x, weights, biases, final_relu, reason, basis))
 
 
 def surely_unfused(x: torch.Tensor) -> bool:
     """A quick sign that why_not_fused has a reason, for who needs no words: on a CPU every call counts."""
-    return type(x) is torch.Tensor and x.is_cpu and _chosen.quiet
+    return type(x) is torch.Tensor and x.is_cpu and chosen.quiet
 
 
 def surely_too_little(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
@@ -158,7 +60,7 @@ def surely_too_little(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
     Where the arithmetic takes next to no time, the 4 us of why_not_fused would be a third of eager's call.
     """
     if (
-        not _chosen.quiet
+        not chosen.quiet
         or type(x) is not torch.Tensor
         or is_compiling()
         or _tracing_state() is not None  # which would note that a size was asked for
@@ -180,7 +82,7 @@ def surely_too_little(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
 
 def why_no_kernels(x: torch.Tensor) -> str | None:
     """None if kernels of any kind can run on x under the present settings, else the reason."""
-    if _chosen.backend == "torch":
+    if chosen.backend == "torch":
         return "backend('torch') is in force"
     if type(x) not in _PLAIN:
         return f"x is a {type(x).__name__}, not a plain torch.Tensor"
@@ -227,7 +129,7 @@ def why_not_fused_mlp(
     >>> fusedmlp.functional.why_not_fused_mlp(torch.randn(8, 4), layers, [None, None])
     "x is on the cpu, and the kernels run on CUDA devices"
     """
-    name = _chosen.backend
+    name = chosen.backend
     if name == "torch":
         return "backend('torch') is in force"
     compiling = torch.compiler.is_compiling()
@@ -341,7 +243,7 @@ def _name(
 def as_compiled(run: Run) -> Run:
     """The same stretch, as it is decided on where torch.compile traces it."""
     stretch = run.x, run.weights, run.biases
-    if _chosen.backend != "auto" or _why_impossible(*stretch, False) is not None:
+    if chosen.backend != "auto" or _why_impossible(*stretch, False) is not None:
         return run
     reason = _why_not_worth_it(*stretch, run.final_relu, True)
     return run._replace(reason=reason, basis=_BY_RULE if reason is None else None)
@@ -359,7 +261,7 @@ def _why_fused(
     """On what the choice of the kernels rests."""
     if forced():
         return "backend('triton') is in force"
-    if _chosen.backend == _MEASURING:
+    if chosen.backend == MEASURING:
         return "they are being measured"
     found = _measured(x, weights, biases, final_relu)
     return _BY_RULE if found is None else found[1]
@@ -474,7 +376,7 @@ def _may_have_kernels() -> bool:
 
 def _interpreted(x: torch.Tensor) -> bool:
     """Whether the kernels can run on x, a CPU tensor: in Triton's interpreter, where that was asked for."""
-    return x.device.type == "cpu" and _chosen.backend in ("triton", _MEASURING) and _interpreting()
+    return x.device.type == "cpu" and chosen.backend in ("triton", MEASURING) and _interpreting()
 
 
 def _interpreting() -> bool:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from fusedmlp import _dispatch, nn
+from fusedmlp import _backend, _dispatch, nn
+from fusedmlp._backend import Run
 from fusedmlp._deferred import LinearBeforeReLU
-from fusedmlp._dispatch import Run
 from fusedmlp._restore import left_as_it_was
 from fusedmlp._traffic import Figures, Launch, launched, measured, needs_of, unfused, with_onednn
 
@@ -148,7 +148,7 @@ def explain(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Explanation
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"explain takes a torch.nn.Module, not {type(model).__name__}")
     rows = _Rows(model)
-    with left_as_it_was(model, (args, kwargs)), _uncompiled(), _dispatch.recorded(rows.note):
+    with left_as_it_was(model, (args, kwargs)), _uncompiled(), _backend.recorded(rows.note):
         model(*args, **kwargs)
     unseen = {
         _shown(name) or "(the model)": module
@@ -208,7 +208,7 @@ class _Rows:
         if compiled:
             run = _dispatch.as_compiled(run)
         if compiled and not self.waiting.isdisjoint(layers):
-            if _dispatch.forced():
+            if _backend.forced():
                 run = run._replace(final_relu=False)
             else:
                 sees = "torch.compile sees the ReLU in the forward that calls this layer"

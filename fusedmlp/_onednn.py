@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fusedmlp import _reference
-from fusedmlp._dispatch import plain_torch
+from fusedmlp._backend import plain_torch
 
 _tracing_state = torch._C._get_tracing_state  # by name: small calls count
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.optim import optimizer as _optimizer
 
-from fusedmlp import _dispatch, nn
+from fusedmlp import _backend, nn
 
 Loss = Literal["cross_entropy", "mse"]
 Update = Literal["sgd", "adam", "adamw"]
@@ -108,7 +108,7 @@ def why_watched(device_type: str, forced: bool = False) -> str | None:
         return "grad mode is off, under which a backward raises"
     if torch.is_autocast_enabled(device_type):
         return "autocast is on"
-    if not _dispatch.quiet() and not (forced and _dispatch.forced()):
+    if not _backend.quiet() and not (forced and _backend.forced()):
         return "explain() is recording, or backend('triton') is in force"
     if torch.is_anomaly_enabled():
         return "anomaly detection is on"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
-from fusedmlp import _dispatch, _measure, nn
+from fusedmlp import _backend, _measure, nn
 from fusedmlp._deferred import LinearBeforeClamp, LinearBeforeReLU
 from fusedmlp._restore import left_as_it_was
 from fusedmlp._twin import Draws, InFloat64, random_states, twin, up
@@ -352,7 +352,7 @@ def _plainly(model: torch.nn.Module) -> Iterator[None]:
         for module, (_, plain) in kinds.items():
             object.__setattr__(module, "__class__", plain)
         with (
-            _dispatch.backend("torch"),
+            _backend.backend("torch"),
             torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext(),
         ):
             yield

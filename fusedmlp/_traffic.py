@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_leaves
 
-from fusedmlp import _dispatch, _onednn
-from fusedmlp._dispatch import Run
+from fusedmlp import _backend, _dispatch, _onednn
+from fusedmlp._backend import Run
 
 Launch = tuple[str, int]  # its name, and how many bytes it moves
 
@@ -96,14 +96,14 @@ def launched(run: Run, needs: Needs | None) -> tuple[list[Launch], list[Launch]]
     forward: list[Launch] = []
     backward: list[Launch] = []
     with kernels.dry_run(lambda name, args: forward.append((name, _bytes_of(args)))):
-        ys = kernels.mlp_forward(x, run.weights, run.biases, run.final_relu, keep, _dispatch.forced())
+        ys = kernels.mlp_forward(x, run.weights, run.biases, run.final_relu, keep, _backend.forced())
     if needs is None:
         return forward, backward
     lowest = needs.lowest
     activations = [None] * lowest + ([x, *ys] if lowest == 0 else ys)
     # The output stands for the gradient that comes in: of its shape, and nothing is written to.
     with kernels.dry_run(lambda name, args: backward.append((name, _bytes_of(args)))):
-        kernels.mlp_backward(ys[-1], activations, run.weights, run.final_relu, *needs, _dispatch.forced())
+        kernels.mlp_backward(ys[-1], activations, run.weights, run.final_relu, *needs, _backend.forced())
     return forward, backward
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fusedmlp import _dispatch, functional
+from fusedmlp import _backend, _dispatch, functional
 from fusedmlp._tuned import Tuned
 from fusedmlp._tuning import Tuning
 
@@ -55,7 +55,7 @@ def tune(
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
     probe = torch.ones(1, 1, device=where, dtype=dtype)
-    with _dispatch.backend("triton"):
+    with _backend.backend("triton"):
         reason = functional.why_not_fused(probe, probe)
     if reason is not None:
         raise RuntimeError(f"tune measures the kernels, and they cannot run: {reason}")

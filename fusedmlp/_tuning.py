@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fusedmlp import _dispatch, _reference, functional
+from fusedmlp import _backend, _dispatch, _reference, functional
 from fusedmlp._measure import compare
 from fusedmlp._tuned import Product, Stretch, Tuned
 from fusedmlp._version import __version__
@@ -170,11 +170,11 @@ class Tuning:
                 torch.autograd.grad(y, inputs, grad_output)
 
         def ours() -> None:
-            with _dispatch.measuring():
+            with _backend.measuring():
                 call()
 
         def torchs() -> None:
-            with _dispatch.backend("torch"):
+            with _backend.backend("torch"):
                 call()
 
         found = []

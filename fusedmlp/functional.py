@@ -7,12 +7,11 @@ from torch.nn import functional as F
 
 from fusedmlp import _onednn, _reference
 from fusedmlp._autograd import fused_mlp
+from fusedmlp._backend import forced, quiet
 from fusedmlp._dispatch import (
     autocast_dtype,
     cast,
     dtype_after_cast,
-    forced,
-    quiet,
     record,
     surely_too_little,
     surely_unfused,

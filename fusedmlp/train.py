@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fusedmlp import _capture, _direct, _dispatch, _two_launches
+from fusedmlp import _backend, _capture, _direct, _two_launches
 from fusedmlp._recipe import NO_STATE, Recipe, recipe_of, why_watched
 
 LossFunction = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -112,7 +112,7 @@ class TrainStep:
         else:
             on_cuda = _is_on(x, "cuda")
             parts = self._explained_on_cuda(x, y) if on_cuda else self._explained_on_cpu(x, y)
-            if on_cuda or _dispatch.forced():
+            if on_cuda or _backend.forced():
                 parts.append(f"Not in two launches: {recipe}.")
                 if recipe is NO_STATE:
                     parts.append("In two launches from the next step on.")
@@ -159,7 +159,7 @@ class TrainStep:
         self, x: torch.Tensor, y: torch.Tensor, rows: int | None = None
     ) -> Recipe | str:
         """What the step in two launches needs, or why not that. rows: of a batch out of x and y."""
-        if not (_is_on(x, "cuda") or (_dispatch.forced() and _is_on(x, "cpu"))):
+        if not (_is_on(x, "cuda") or (_backend.forced() and _is_on(x, "cpu"))):
             return "x is not on a CUDA device"
         if self._scaler is not None:
             return "a GradScaler is given"

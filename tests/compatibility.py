@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusedmlp import _dispatch
+from fusedmlp import _backend, _dispatch
 
 _PROPERTY = "capability"
 _SAMPLES = "samples"
@@ -30,7 +30,7 @@ class Route:
         self.kernels = kernels
         self.reasons: list[str | None] = []
 
-    def note(self, run: _dispatch.Run) -> None:
+    def note(self, run: _backend.Run) -> None:
         if run.reason != "backend('torch') is in force":  # what a test compares with
             self.reasons.append(run.reason)
 
@@ -38,7 +38,7 @@ class Route:
 @contextlib.contextmanager
 def taken(route: Route) -> Iterator[None]:
     """Take this route, in this thread: other threads and processes of a test enter it for themselves."""
-    with pytest.MonkeyPatch.context() as patch, _dispatch.recorded(route.note):
+    with pytest.MonkeyPatch.context() as patch, _backend.recorded(route.note):
         if route.kernels:  # the layers here are far too small for "auto", and are on a CPU
             patch.setattr(_dispatch, "_why_not_worth_it", lambda *arguments: None)
             patch.setattr(_dispatch, "_interpreted", _interpreted)
@@ -48,7 +48,7 @@ def taken(route: Route) -> Iterator[None]:
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
     """Inside ``taken`` of the plain route: with nobody to be told, calls on a CPU take a shorter way."""
-    with _dispatch.recorded(None):  # type: ignore[arg-type]
+    with _backend.recorded(None):  # type: ignore[arg-type]
         yield
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import fusedmlp
-from fusedmlp import _dispatch, nn
+from fusedmlp import _backend, _dispatch, nn
 
 PATIENCE = 120  # seconds until a wait for another thread or process fails
 SECTION = "Devices, streams, processes"
@@ -73,7 +73,7 @@ def in_threads(route: compatibility.Route, *jobs: Callable[[], Any]) -> list[Any
         try:
             own = compatibility.Route(route.kernels)
             # What else belongs to the route holds in all threads.
-            with _dispatch.recorded(lambda run: own.reasons.append(run.reason)):
+            with _backend.recorded(lambda run: own.reasons.append(run.reason)):
                 start.wait()
                 results[i] = jobs[i]()
             route.reasons += own.reasons

@@ -13,7 +13,7 @@ from torch import nn as tnn
 from torch.nn import functional as F
 
 import fusedmlp
-from fusedmlp import _dispatch, functional, nn
+from fusedmlp import _backend, functional, nn
 
 Layer = tuple[Any, Any, Any]
 
@@ -122,7 +122,7 @@ def nothing_changes(*tensors: Any) -> Iterator[None]:
     """Settings, values, versions and gradients are afterwards what they were."""
 
     def state() -> list[Any]:
-        settings = [_dispatch._chosen.backend, _dispatch._chosen.note, _dispatch.quiet()]
+        settings = [_backend.chosen.backend, _backend.chosen.note, _backend.quiet()]
         settings += [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_default_dtype()]
         return settings + [
             (t._version, t.requires_grad, t.is_leaf and t.grad, None if t.is_meta else t.tolist())

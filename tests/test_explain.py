@@ -533,7 +533,7 @@ def test_everything_is_left_as_it_was(path: Any, fails: bool, device: torch.devi
     assert (np.random.get_state()[1] == numbers[1]).all()
     assert torch.equal(torch.get_rng_state(), numbers[2])
     assert on_device is None or torch.equal(torch.cuda.get_rng_state(), on_device)
-    assert fusedmlp._dispatch.quiet()  # nothing is recorded any more
+    assert fusedmlp._backend.quiet()  # nothing is recorded any more
 
 
 def test_a_forward_before_it_can_still_go_backward() -> None:

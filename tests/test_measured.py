@@ -11,7 +11,7 @@ from conftest import HAS_TRITON
 from oracle import assert_right
 
 import fusedmlp
-from fusedmlp import _dispatch, _reference, nn
+from fusedmlp import _backend, _dispatch, _reference, nn
 
 if not HAS_TRITON:
     pytest.skip("Triton is not installed: no kernels to choose", allow_module_level=True)
@@ -84,7 +84,7 @@ def test_each_product_runs_where_it_was_faster(
     if not bias:
         for layer in model[::2]:  # type: ignore[index]
             layer.bias = None
-    with _dispatch.measuring():
+    with _backend.measuring():
         there, back = launches(model, x)
         y = model(x)
     grad_output = torch.randn_like(y)
@@ -131,7 +131,7 @@ def test_one_launch_where_that_was_measured_to_be_faster(
         install(products(lambda operation, i: 0.5) if known else {}, stretch)
         model, x = chain(device)
         x.requires_grad_(need_x)
-        with _dispatch.measuring():
+        with _backend.measuring():
             there, back = launches(model, x)
             with torch.no_grad():
                 (row,) = fusedmlp.explain(model, x.detach()).rows
@@ -215,7 +215,7 @@ def test_a_measured_stretch_goes_where_it_was_faster(us: float, worth: bool, ins
 def test_explain_shows_what_the_choice_rests_on(install: Install, device: torch.device) -> None:
     install(products(lambda operation, i: 2.5 if operation == "forward" else 0.5), stretches(50.0))
     model, x = chain(device)
-    with _dispatch.measuring():
+    with _backend.measuring():
         explanation = fusedmlp.explain(model, x)
     (row,) = explanation.rows
     assert [(f.layer, f.operation) for f in row.measured] == [
@@ -226,6 +226,6 @@ def test_explain_shows_what_the_choice_rests_on(install: Install, device: torch.
     assert "layer 0: forward 2.5 us (PyTorch 1), grad_input 0.5 us (PyTorch 1)" in text
     assert max(map(len, str(explanation).splitlines())) <= 80
     json.dumps(explanation.to_dict())
-    with torch.no_grad(), _dispatch.measuring():
+    with torch.no_grad(), _backend.measuring():
         (row,) = fusedmlp.explain(model, x.detach()).rows
     assert [f.operation for f in row.measured] == ["forward"] * 3

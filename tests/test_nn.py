@@ -13,7 +13,7 @@ from torch import nn as tnn
 from torch.nn.utils import parametrizations, prune
 
 import fusedmlp
-from fusedmlp import _dispatch, nn
+from fusedmlp import _backend, nn
 
 
 @pytest.fixture(params=["auto", pytest.param("triton", marks=pytest.mark.kernels)])
@@ -195,8 +195,8 @@ def test_a_shared_layer_and_frozen_ones() -> None:
 
 def stretches(model: tnn.Module, x: torch.Tensor) -> list[str]:
     """How the layers of one call ran: "3+" is a chain of three with a ReLU at its end."""
-    runs: list[_dispatch.Run] = []
-    with _dispatch.recorded(runs.append):
+    runs: list[_backend.Run] = []
+    with _backend.recorded(runs.append):
         model(x)
     return [f"{len(run.weights)}{'+' if run.final_relu else ''}" for run in runs]
 

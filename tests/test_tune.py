@@ -14,7 +14,7 @@ import torch
 from conftest import HAS_TRITON
 
 import fusedmlp
-from fusedmlp import _dispatch, _tuned, _tuning
+from fusedmlp import _backend, _tuned, _tuning
 
 if not HAS_TRITON:
     pytest.skip("Triton is not installed: no kernels to measure", allow_module_level=True)
@@ -120,7 +120,7 @@ def test_one_launch_for_a_chain_is_tried(
     assert {"narrow_forward", "narrow_backward"} <= set(timed[3])
     assert ("in one launch" in str(tuned)) is faster
     assert {s.in_one for key, s in on_disk(users_file).stretches.items() if len(key[3]) == 3} == {faster}
-    with _dispatch.measuring(), torch.no_grad():
+    with _backend.measuring(), torch.no_grad():
         (row,) = fusedmlp.explain(model, x).rows
     assert (row.forward.launches == ("narrow_forward",)) is faster
 
@@ -380,7 +380,7 @@ def test_what_was_measured_is_what_auto_would_run(users_file: pathlib.Path) -> N
     fusedmlp.tune([(8, 16, 32, 16)], torch.float32)
     model = fusedmlp.MLP(16, [32], 16, device=None if INDEX is None else "cuda")
     x = torch.randn(8, 16, device=None if INDEX is None else "cuda")
-    with _dispatch.measuring(), torch.no_grad():
+    with _backend.measuring(), torch.no_grad():
         (row,) = fusedmlp.explain(model, x).rows
     chosen = {f.us > f.torch_us for f in row.measured}
     assert row.forward.launches is not None

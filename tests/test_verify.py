@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fusedmlp
-from fusedmlp import _autograd, _dispatch, _reference, _verify, nn
+from fusedmlp import _autograd, _backend, _dispatch, _reference, _verify, nn
 from fusedmlp._verification import Verification
 from fusedmlp._verify import verify
 
@@ -162,7 +162,7 @@ class State:
         values["numbers"] = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
         if torch.cuda.is_available():
             values["on the GPU"] = torch.cuda.get_rng_state().tolist()
-        values["settings"] = _dispatch.quiet(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        values["settings"] = _backend.quiet(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         return values
 
     def check(self) -> None:
@@ -712,10 +712,10 @@ def test_everything_is_left_as_it_was(path: Any, fails: bool, device: torch.devi
     model.chain[3].bias.requires_grad_(False)
     state = State(model, x)
     with fusedmlp.backend(path):
-        kept = _dispatch.quiet()
+        kept = _backend.quiet()
         with pytest.raises(LookupError) if fails else contextlib.nullcontext():
             verify(model, x, verbose=False)
-        assert _dispatch.quiet() == kept
+        assert _backend.quiet() == kept
     state.check()
     assert (model.calls, model.log) == (0, ["made"])
 
