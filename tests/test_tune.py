@@ -117,7 +117,9 @@ def test_one_launch_for_a_chain_is_tried(
     assert [s.us for s in tuned.stretches] == [1.0, 1.0, *[2.0 if faster else 1.0] * 4]
     assert [name for names in timed[:2] for name in names if "narrow" in name] == ["narrow_forward"]
     assert {"narrow_forward", "narrow_backward"} & set(timed[2]) == set()
-    assert {"narrow_forward", "narrow_backward"} <= set(timed[3])
+    assert "narrow_forward" in timed[3]
+    if INDEX is None:  # on a GPU the backward runs in a thread of its own, where nobody listens
+        assert "narrow_backward" in timed[3]
     assert ("in one launch" in str(tuned)) is faster
     assert {s.in_one for key, s in on_disk(users_file).stretches.items() if len(key[3]) == 3} == {faster}
     with _backend.measuring(), torch.no_grad():
