@@ -21,7 +21,7 @@ from benchmarks.test_cpu_training import OPTIMIZERS, WIDTHS, bound, ours, plain
 
 PRODUCTS = ("addmm", "mm", "addmm_", "_linear_pointwise")
 UPDATE = ("add_", "mul_", "lerp_", "addcmul_", "addcdiv_", "sqrt", "div", "_fused_adam_", "_fused_sgd_")
-STEPS, PROFILES = 40, 9
+STEPS, PROFILES = 40, 5
 
 
 def main() -> int:

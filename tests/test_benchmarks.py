@@ -352,6 +352,24 @@ def test_the_tuned_table_is_ready_to_ship_and_to_go_on_with(tmp_path: pathlib.Pa
     assert said[1].startswith("0 products and 0 stretches measured")
 
 
+def test_profile_of_a_step_on_a_cpu() -> None:
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "benchmarks.cpu_profile", "--batch", "3", "--seconds", "0.1"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    title, head, *rows = ran.stdout.splitlines()
+    assert "batch 3" in title
+    assert head.split() == ["step", "products", "GFLOP/s", "update", "rest", "operators"]
+    figures = {
+        name: [float(n) for n in row.split()] for name, row in ((row[:20].strip(), row[20:]) for row in rows)
+    }
+    assert set(figures) == {f"{o}, {who}" for o in ("SGD", "Adam") for who in ("plain loop", "TrainStep")}
+    for step, products, _, update, rest, operators in figures.values():
+        assert abs(step - products - update - rest) <= 2  # each is rounded
+        assert min(products, update, operators) > 0
+    for optimizer in ("SGD", "Adam"):
+        assert figures[f"{optimizer}, TrainStep"][-1] < figures[f"{optimizer}, plain loop"][-1]
+
+
 # --- the session ---
 
 
