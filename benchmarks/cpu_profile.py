@@ -67,9 +67,7 @@ def _of_operators(step: Callable[[], Any]) -> tuple[float, float, float]:
             for _ in range(STEPS):
                 step()
         events = [e for e in seen.key_averages() if e.key.startswith(("aten::", "mkldnn::"))]
-        names = [event.key.partition("::")[2] for event in events]
-        times = [event.self_cpu_time_total / STEPS for event in events]
-        named = list(zip(names, times, strict=True))
+        named = [(event.key.partition("::")[2], event.self_cpu_time_total / STEPS) for event in events]
         products = sum(us for name, us in named if name in PRODUCTS)
         update = sum(us for name, us in named if name in UPDATE or name.startswith("_foreach_"))
         found.append((products, update, sum(event.count for event in events) / STEPS))

@@ -60,19 +60,13 @@ class Tuned:
         if self.device == "interpreter":
             lines.append("Triton's interpreter: these times mean nothing.")
         if self.products:
-            lines += [
-                "",
-                f"{'one product':<34}{'kernels us':>11}{'PyTorch us':>11}{'ratio':>7}  {'tile':<14}",
-            ]
+            lines += ["", f"{'one product':<34}{_HEAD}  {'tile':<14}"]
         for p in self.products:
             what = f"{p.operation} {p.rows} x {p.K} -> {p.N}"
             lines.append(f"{what:<34}{_row(p.us, p.torch_us)}  {p.tile or 'none'}")
             lines += [f"    {p.problem}"] if p.problem else []
         if self.stretches:
-            lines += [
-                "",
-                f"{'a stretch, with launching':<34}{'kernels us':>11}{'PyTorch us':>11}{'ratio':>7}",
-            ]
+            lines += ["", f"{'a stretch, with launching':<34}{_HEAD}"]
         for s in self.stretches:
             what = f"{s.mode} {s.rows} x {'-'.join(map(str, s.widths))}{' ReLU' if s.final_relu else ''}"
             lines.append(f"{what:<34}{_row(s.us, s.torch_us)}{'  in one launch' if s.in_one else ''}")
@@ -82,6 +76,9 @@ class Tuned:
         lines += ["", "ratio: PyTorch's time by ours. backend('auto') takes what took less time here."]
         lines += [f"left out: {what}" for what in self.left_out]
         return "\n".join([*lines, f"saved in {self.path}"])
+
+
+_HEAD = f"{'kernels us':>11}{'PyTorch us':>11}{'ratio':>7}"
 
 
 def _row(us: float | None, torch_us: float) -> str:

@@ -97,8 +97,7 @@ def same(route: Route, call: Any, model: tnn.Module, x: torch.Tensor) -> None:
             return results(other, other, nudge(x))
 
     if route.kernels:
-        # Each kernel is held to twice PyTorch's error in test_kernels.py; here several follow one another.
-        assert_all_right(mine, theirs, exact, [f"result {i}" for i in range(len(exact))], again, factor=3)
+        assert_all_right(mine, theirs, exact, [f"result {i}" for i in range(len(exact))], again)
     else:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 

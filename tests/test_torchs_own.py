@@ -145,12 +145,18 @@ def test_derivatives_of_linear(
 def test_derivatives_of_the_kernels(route: Route, sampled: Callable[..., None], device: torch.device) -> None:
     """Of what is linear in each argument differences are exact in float32 as well, but for rounding.
 
-    For which gradcheck leaves no room where it compares batched gradients: those have a test of their own.
+    For which gradcheck leaves no room where it compares batched gradients: they are compared here.
     """
     for tensors in samples_of("nn.functional.linear", device, torch.float32, True)[::4]:
         if in_reach(tensors):
             checks = {"eps": 0.25, "atol": 1e-4, "rtol": 1e-4, "fast_mode": True}
             assert torch.autograd.gradcheck(functional.linear, tensors, **checks)
+            y, wanted = functional.linear(*tensors), [t for t in tensors if t.requires_grad]
+            rows = torch.randn(3, *y.shape, device=device)
+            batched = torch.autograd.grad(y, wanted, rows, is_grads_batched=True, retain_graph=True)
+            singly = [torch.autograd.grad(y, wanted, row, retain_graph=True) for row in rows]
+            for ours, each in zip(batched, zip(*singly, strict=True), strict=True):
+                torch.testing.assert_close(ours, torch.stack(each), rtol=1e-4, atol=1e-4)
             assert (route.reasons[-1] is None) == route.kernels
             sampled("OpInfo nn.functional.linear, gradcheck in float32", route.kernels)
 
