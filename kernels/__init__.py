@@ -12,8 +12,17 @@ if __name__ == "kernels":
     )
 
 from . import step
-from ._launch import arithmetic, dry_run, interpreting
+from ._launch import KernelFailed, arithmetic, dry_run, interpreting
 from ._table import table_of
 from .mlp import mlp_backward, mlp_forward
 
-__all__ = ["arithmetic", "dry_run", "interpreting", "mlp_backward", "mlp_forward", "step", "table_of"]
+__all__ = [
+    "KernelFailed",
+    "arithmetic",
+    "dry_run",
+    "interpreting",
+    "mlp_backward",
+    "mlp_forward",
+    "step",
+    "table_of",
+]

@@ -77,22 +77,75 @@ if _one_at_a_time is not None and hasattr(os, "register_at_fork"):
     )
 
 
+class KernelFailed(RuntimeError):
+    """A kernel could not be compiled, loaded or launched; the message names it and says why.
+
+    What Triton raises (OutOfResources, CompilationError, PTXASError, RuntimeError, AssertionError, ...) has
+    no base class in common but Exception. Whoever has another implementation to choose catches this one.
+    """
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], x: torch.Tensor, args: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
-    """Run ``kernel`` on x's device, which need not be the current one."""
+    """Run ``kernel`` on x's device, which need not be the current one.
+
+    Raises KernelFailed where Triton cannot build or launch it, and torch.OutOfMemoryError where the device
+    has no memory for it.
+    """
     if _dry_run.note is not None:
-        _dry_run.note(kernel.__name__.strip("_").removesuffix("_kernel"), args)
+        _dry_run.note(_name(kernel), args)
         return
-    run: Callable[..., Any] = kernel[grid]
-    if _one_at_a_time is not None:
-        with _one_at_a_time:
-            run(*args, **options)
-    elif x.device.index != torch.cuda.current_device():
+    try:
+        if _one_at_a_time is not None:
+            with _one_at_a_time:
+                kernel[grid](*args, **options)
+        elif x.device.index != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                kernel[grid](*args, **options)
+        else:
+            kernel[grid](*args, **options)
+    except Exception as error:
+        raise _failure(kernel, error) from error
+
+
+def build(
+    kernel: Any, grid: tuple[int, ...], x: torch.Tensor, args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """Compile ``kernel`` for these arguments and load it on x's device, as launch would, but run nothing.
+
+    Raises what launch raises.
+    """
+    if interpreting():  # which runs the kernel's source
+        return
+    try:
         with torch.cuda.device(x.device):
-            run(*args, **options)
-    else:
-        run(*args, **options)
+            compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+            if compiled is not None:
+                _ = (
+                    compiled.run
+                )  # A look at it loads the kernel, and finds out whether the device can hold it.
+    except Exception as error:
+        raise _failure(kernel, error) from error
+
+
+def _name(kernel: Any) -> str:
+    name: str = kernel.__name__
+    return name.strip("_").removesuffix("_kernel")
+
+
+def _failure(kernel: Any, error: Exception) -> Exception:
+    """What to raise in place of what Triton raised."""
+    said = f"the Triton kernel {_name(kernel)} failed with {first_line(error)}"
+    # Triton hands on the driver's own words, in a RuntimeError.
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA]: out of memory" in str(error):
+        return torch.OutOfMemoryError(said)
+    return KernelFailed(said)
+
+
+def first_line(error: Exception) -> str:
+    """The error's type and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
 
 
 # Compared by identity, which is quick: setting_of makes one of each.

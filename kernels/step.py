@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ._launch import COMPILE_OPTIONS, arithmetic, device_limits, interpreting, launch
+from ._launch import COMPILE_OPTIONS, arithmetic, build, device_limits, interpreting, launch
 from ._tiles import cdiv
 from .step_rows import rows_of_step
 from .step_weights import NUMBERS, weights_of_step
@@ -353,18 +353,65 @@ def train_step(
 
     overlap: with programmatic dependent launch, sm_90 and newer. It has never run on a GPU.
     """
+    arguments = x, index, first, rows, target, parameters, network, numbers, losses, step, workspace
+    for one in _launches(*arguments, scale, overlap):
+        launch(*one)
+
+
+def build_step(
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    rows: int,
+    target: torch.Tensor,
+    parameters: Parameters,
+    network: Network,
+    numbers: torch.Tensor,
+    losses: torch.Tensor,
+    workspace: Workspace,
+    scale: float = 1.0,
+) -> None:
+    """Compile and load what train_step launches on so many rows, and run nothing.
+
+    Raises what train_step raises where a kernel cannot be built, before any step has changed anything.
+    """
+    arguments = x, index, 0, rows, target, parameters, network, numbers, losses, 0, workspace
+    for one in _launches(*arguments, scale, False):
+        build(*one)
+
+
+_Launch = tuple[Any, tuple[int, ...], torch.Tensor, tuple[Any, ...], dict[str, Any]]  # what launch takes
+
+
+def _launches(
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    first: int,
+    rows: int,
+    target: torch.Tensor,
+    parameters: Parameters,
+    network: Network,
+    numbers: torch.Tensor,
+    losses: torch.Tensor,
+    step: int,
+    workspace: Workspace,
+    scale: float,
+    overlap: bool,
+) -> tuple[_Launch, _Launch]:
+    """The two launches of train_step."""
     plan = _plan(network, rows, *_setting(workspace), overlap)
     ws = workspace
-    args: tuple[Any, ...] = (
+    for_rows = (
         first, rows, plan.tiles, x, index, target, _multiplied(parameters), parameters.biases,
         ws.hidden, ws.grads, ws.partials, scale,
     )  # fmt: skip
-    launch(_step_rows_kernel, (plan.tiles,), x, args, plan.rows)
-    args = (
+    for_weights = (
         first, rows, plan.tiles, step, x, index, tuple(parameters), ws.hidden, ws.grads, ws.partials, numbers,
         losses, scale,
     )  # fmt: skip
-    launch(_step_weights_kernel, (plan.weight_tiles,), x, args, plan.weights)
+    return (
+        (_step_rows_kernel, (plan.tiles,), x, for_rows, plan.rows),
+        (_step_weights_kernel, (plan.weight_tiles,), x, for_weights, plan.weights),
+    )
 
 
 def train_steps(
