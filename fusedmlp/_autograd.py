@@ -1,7 +1,7 @@
 """The autograd.Function of the fused chain: what is saved, when and why."""
 
-from collections.abc import Sequence
-from types import ModuleType
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,13 @@ class FusedMLP(torch.autograd.Function):
         # A hidden layer's output tells where its ReLU was active and is the next layer's input, both at
         # once. Layers below the lowest that needs a gradient leave nothing behind.
         compiling = torch.compiler.is_compiling()
-        operators: ModuleType = _ops if compiling else _dispatch.kernels()
-        ys: list[torch.Tensor] = operators.mlp_forward(
-            x, weights, biases, final_relu, max(0, lowest - 1), forced
-        )
+        insist = _backend.insists()  # here, for on a GPU the backward runs in another thread
+        arguments: Any = x, weights, biases, final_relu, max(0, lowest - 1), forced
+        ys: list[torch.Tensor]
+        if compiling:
+            ys = _ops.mlp_forward(*arguments)
+        else:
+            ys = _dispatch.kernels_or_reference("mlp_forward", insist, *arguments)
         activations: list[torch.Tensor | None] = [None] * lowest + ([x, *ys] if lowest == 0 else ys)
         start = activations[lowest]
         if not need_weights[lowest]:
@@ -52,22 +55,27 @@ class FusedMLP(torch.autograd.Function):
         if lowest < count - 1 and not compiling:  # which knows no create_graph
             rest = (None if need_weights[lowest] else start, weights[lowest], *biases[lowest:-1])
             ctx.only_for_create_graph = [_remembered(t) for t in rest]
-        ctx.settings = final_relu, forced, lowest, need_x, need_weights, need_biases
+        ctx.settings = final_relu, forced, insist, lowest, need_x, need_weights, need_biases
         return ys[-1]
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
-        final_relu, forced, lowest, need_x, need_weights, need_biases = ctx.settings
+        final_relu, forced, insist, lowest, need_x, need_weights, need_biases = ctx.settings
         count = len(need_weights)
         saved = list(ctx.saved_tensors)  # once: checkpointing recomputes them at each look
         activations, weights = saved[: count + 1], saved[count + 1 :]
         compiling = torch.compiler.is_compiling()
-        operators = _ops if compiling else _dispatch.backward_operators(grad_output)
         if not compiling and torch.is_grad_enabled() and ctx.only_for_create_graph:
             _recompute(ctx.only_for_create_graph, lowest, activations, weights)
-        grad_x, grad_weights, grad_biases = operators.mlp_backward(
-            grad_output, activations, weights, final_relu, lowest, need_x, need_weights, need_biases, forced
-        )
+        needs = need_x, need_weights, need_biases
+        arguments = grad_output, activations, weights, final_relu, lowest, *needs, forced
+        if compiling:
+            grads = _ops.mlp_backward(*arguments)
+        elif _dispatch.is_for_kernels(grad_output):
+            grads = _dispatch.kernels_or_reference("mlp_backward", insist, *arguments)
+        else:
+            grads = _reference.mlp_backward(*arguments)
+        grad_x, grad_weights, grad_biases = grads
         if not compiling and not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.only_for_create_graph = []  # as autograd lets go of what was saved
         return grad_x, None, None, None, *grad_weights, *grad_biases
@@ -129,10 +137,11 @@ def fused_mlp(
     ):
         y = FusedMLP.apply(rows, final_relu, _backend.forced(), len(weights), *weights, *biases)
     else:
+        launch: Callable[..., list[torch.Tensor]]
         if torch.compiler.is_compiling():
             launch = _ops.mlp_forward
         else:
-            launch = _dispatch.kernels().mlp_forward
+            launch = functools.partial(_dispatch.kernels_or_reference, "mlp_forward", _backend.insists())
             if torch._C._autograd._profiler_enabled():  # which autograd tells the Function's name
                 launch = torch.autograd.profiler.record_function("FusedMLP")(launch)
         (y,) = launch(rows, weights, biases, final_relu, len(weights) - 1, _backend.forced())

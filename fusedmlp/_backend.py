@@ -95,6 +95,11 @@ def forced() -> bool:
     return chosen.backend == "triton"
 
 
+def insists() -> bool:
+    """Whether a kernel that fails is to raise, and nothing else may run in its place."""
+    return chosen.backend in ("triton", MEASURING)
+
+
 def plain_torch() -> bool:
     """Whether ``backend("torch")`` is in force."""
     return chosen.backend == "torch"

@@ -1,22 +1,24 @@
 """The ordinary step in CUDA graphs: one for each shape of a batch, captured after a few steps as they are.
 
 The steps before a capture are the user's own, on a side stream, so nothing has to be saved and put back; a
-capture itself runs no kernel. Forward and backward are captured, and the optimizer's step too where it is
-made for that (``fused=True`` or ``capturable=True``); else that runs after each replay, as itself.
+capture itself runs no kernel. The last of those steps, the rehearsal, computes exactly what is captured next,
+in the same memory: what a library chooses, compiles or allocates in its first call has been done by then.
+Forward and backward are captured, and the optimizer's step too where it is made for that (``fused=True`` or
+``capturable=True``); else that runs after each replay, as itself.
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.nn.modules.module import _has_any_global_hook
 
-from fusedmlp import _backend
+from fusedmlp import _backend, _cuda_graph
 from fusedmlp._recipe import why_update_unknown
+from fusedmlp._warn import warn
 
-_WARM_UP = 3  # steps of a shape before it is captured: libraries choose and allocate in the first ones
+_WARM_UP = 3  # steps of a shape before it is captured, of which the last is the rehearsal
 _MOST = 16  # graphs, each with memory of its own
 
 ForwardBackward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # a batch to its loss, .grad filled
@@ -33,9 +35,13 @@ def why_not(
         return "x or y requires grad"
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a graph is being captured"
+    if (reason := _cuda_graph.why_not_capture()) is not None:
+        return reason
     if _has_any_global_hook():
         return "a global hook of modules is registered"
     for module in _modules(model, loss_fn):
+        if (wrapper := _parallel_wrapper(module)) is not None:
+            return f"the model is parallel by {wrapper}, whose communication no replay would repeat"
         own = module.__dict__
         if (
             own["_forward_hooks"]
@@ -88,41 +94,52 @@ def fingerprint(
 
 
 class Graph:
-    """A captured step: call it with a batch of the same shapes and dtypes."""
+    """A step to be captured: rehearsed once, then captured, then replayed for batches of the same shapes."""
 
-    def __init__(
-        self,
-        steps: "Graphs",
-        x: torch.Tensor,
-        y: torch.Tensor,
-        forward_backward: ForwardBackward,
-        update: Update,
-    ) -> None:
+    def __init__(self, steps: "Graphs", x: torch.Tensor, y: torch.Tensor) -> None:
         self.model, self.loss_fn, self.optimizer = steps.model, steps.loss_fn, steps.optimizer
         self.with_update = takes_update(self.optimizer)
         self.fingerprint = fingerprint(self.model, self.loss_fn, self.optimizer, self.with_update)
         # What the fingerprint names by its id has to stay.
         self.kept = [vars(module).copy() for module in _modules(self.model, self.loss_fn)]
         self.x, self.y = torch.empty_like(x), torch.empty_like(y)
-        self.x.copy_(x)
-        self.y.copy_(y)
         groups = self.optimizer.param_groups
         numbers = [group["lr"] for group in groups if not isinstance(group["lr"], torch.Tensor)]
         self.values: list[float] = numbers if self.with_update else []
         self.rates = [torch.full((), lr, dtype=torch.float32, device=x.device) for lr in self.values]
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def rehearse(
+        self, x: torch.Tensor, y: torch.Tensor, forward_backward: ForwardBackward, update: Update
+    ) -> torch.Tensor:
+        """A step on this batch as it will be captured, but run: its loss."""
+        self.x.copy_(x)
+        self.y.copy_(y)
+        self.optimizer.zero_grad()
+        loss = self._step(forward_backward, update, capturable=False)
+        if not self.with_update:
+            update()
+        return loss
+
+    def capture(self, stream: "torch.cuda.Stream", forward_backward: ForwardBackward, update: Update) -> None:
+        """Raises CaptureFailed with the reason; then no parameter has a gradient, all else is as it was."""
         self.optimizer.zero_grad(set_to_none=True)  # so that the gradients come to lie in the graph's memory
-        self.graph = torch.cuda.CUDAGraph()
-        # Only what this thread does must fit into a graph: a loader's thread may copy meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.loss = forward_backward(self.x, self.y)
-            if self.with_update:
-                with _for_capture(groups, self.rates):
-                    update()
-        if not self.is_current():
-            raise RuntimeError(
-                "forward or backward changes attributes of the model, which no replay would do"
+        try:
+            self.graph, self.loss = _cuda_graph.capture(
+                lambda: self._step(forward_backward, update, capturable=True), self.x.device, stream
             )
+        except BaseException:
+            self.optimizer.zero_grad(set_to_none=True)  # those that backward has reached lie in no memory now
+            raise
         self.grads = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+
+    def _step(self, forward_backward: ForwardBackward, update: Update, capturable: bool) -> torch.Tensor:
+        """What is captured, on the batch in the graph's memory."""
+        loss = forward_backward(self.x, self.y)
+        if self.with_update:
+            with _by_tensors(self.optimizer.param_groups, self.rates, capturable):
+                update()
+        return loss
 
     def is_current(self) -> bool:
         return self.with_update == takes_update(self.optimizer) and self.fingerprint == fingerprint(
@@ -130,6 +147,7 @@ class Graph:
         )
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, update: Update) -> torch.Tensor:
+        assert self.graph is not None
         renew(self.rates, self.values, self.optimizer)
         self.x.copy_(x)
         self.y.copy_(y)
@@ -144,10 +162,10 @@ class Graph:
 
 
 @contextlib.contextmanager
-def _for_capture(groups: list[dict[str, Any]], rates: list[torch.Tensor]) -> Iterator[None]:
-    """Learning rates that are numbers are these tensors; and Adam says of itself that it may be captured.
+def _by_tensors(groups: list[dict[str, Any]], rates: list[torch.Tensor], capturable: bool) -> Iterator[None]:
+    """Learning rates that are numbers are these tensors; and if asked, Adam says that it may be captured.
 
-    Which its fused form may, but only ``capturable=True`` is believed.
+    Its fused form may be, but only ``capturable=True`` is believed.
     """
     before = [dict(group) for group in groups]
     tensors = iter(rates)
@@ -155,7 +173,7 @@ def _for_capture(groups: list[dict[str, Any]], rates: list[torch.Tensor]) -> Ite
         for group in groups:
             if not isinstance(group["lr"], torch.Tensor):
                 group["lr"] = next(tensors)
-            if "capturable" in group:
+            if capturable and "capturable" in group:
                 group["capturable"] = True
         yield
     finally:
@@ -191,40 +209,78 @@ class Graphs:
         self, x: torch.Tensor, y: torch.Tensor, forward_backward: ForwardBackward, update: Update
     ) -> torch.Tensor:
         """A step. What it consists of is given each time: kept, it would lead from its owner back to that."""
+        key = x.shape, x.dtype, x.device, y.shape, y.dtype
+        graph = self.graphs.get(key)
+        if graph is not None and not graph.is_current():
+            del self.graphs[key], self.seen[key]
+            graph = None
+        if graph is None:
+            self.seen[key] = self.seen.get(key, 0) + 1
+            if self.seen[key] < _WARM_UP or len(self.graphs) >= _MOST:
+                return self._aside(self._as_it_is, x, y, forward_backward, update)
+            graph = Graph(self, x, y)
+            loss = self._aside(graph.rehearse, x, y, forward_backward, update)
+            self.graphs[key] = graph
+            if not graph.is_current():
+                self._give_up("forward or backward changes attributes of the model, which no replay would do")
+            return loss
+        if graph.graph is None:
+            try:
+                graph.capture(self._stream(x.device), forward_backward, update)
+            except _cuda_graph.CaptureFailed as failure:
+                self._give_up(f"capturing it raised {failure}")
+        if self.failure is not None:
+            # Outside of the except block, and without the graph, whose memory is free for this.
+            del graph
+            return self._aside(self._as_it_is, x, y, forward_backward, update)
         with torch.cuda.device(x.device):
-            key = x.shape, x.dtype, x.device, y.shape, y.dtype
-            graph = self.graphs.get(key)
-            if graph is not None and not graph.is_current():
-                del self.graphs[key]
-                graph = None
-            if graph is None:
-                self.seen[key] = self.seen.get(key, 0) + 1
-                if self.seen[key] <= _WARM_UP or len(self.graphs) >= _MOST:
-                    return self._as_it_is(x, y, forward_backward, update)
-                try:
-                    graph = self.graphs[key] = Graph(self, x, y, forward_backward, update)
-                except Exception as error:
-                    self.failure = f"capturing it raised {type(error).__name__}: {error}".splitlines()[0]
-                    warnings.warn(f"the step runs eagerly: {self.failure}", stacklevel=4)
-                    return self._as_it_is(x, y, forward_backward, update)
             return graph(x, y, update)
+
+    def _give_up(self, reason: str) -> None:
+        """From now on the step runs without a graph."""
+        self.failure = reason
+        self.graphs.clear()
+        warn(f"the step runs eagerly: {reason}")
 
     def _as_it_is(
         self, x: torch.Tensor, y: torch.Tensor, forward_backward: ForwardBackward, update: Update
     ) -> torch.Tensor:
-        """On a side stream, as nodes of autograd remember the stream, and the default one is not captured."""
-        if self.stream is None or self.stream.device != x.device:
-            self.stream = torch.cuda.Stream(x.device)
-        current = torch.cuda.current_stream()
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            self.optimizer.zero_grad()
-            loss = forward_backward(x, y)
-            update()
-        current.wait_stream(self.stream)
-        for tensor in (x, y, loss):  # of one stream, used on another
-            tensor.record_stream(current if tensor is loss else self.stream)
+        self.optimizer.zero_grad()
+        loss = forward_backward(x, y)
+        update()
         return loss
+
+    def _aside(
+        self,
+        step: Callable[[torch.Tensor, torch.Tensor, ForwardBackward, Update], torch.Tensor],
+        x: torch.Tensor,
+        y: torch.Tensor,
+        forward_backward: ForwardBackward,
+        update: Update,
+    ) -> torch.Tensor:
+        """On the stream of the captures, as nodes of autograd remember the stream."""
+        with torch.cuda.device(x.device):
+            with _cuda_graph.beside(self._stream(x.device), x, y):
+                loss = step(x, y, forward_backward, update)
+            loss.record_stream(torch.cuda.current_stream())
+        return loss
+
+    def _stream(self, device: torch.device) -> "torch.cuda.Stream":
+        if self.stream is None or self.stream.device != device:
+            self.stream = torch.cuda.Stream(device)
+        return self.stream
+
+
+def _parallel_wrapper(module: torch.nn.Module) -> str | None:
+    """What makes the module work together with others, as DistributedDataParallel does; None if nothing."""
+    for kind in type(module).__mro__:
+        if kind.__name__ in _PARALLEL and kind.__module__.startswith("torch."):
+            return kind.__name__
+    return None
+
+
+# By name: to import some of them takes a second, and what was never imported wraps nothing.
+_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
 def _modules(model: torch.nn.Module, loss_fn: Any) -> Iterator[torch.nn.Module]:
@@ -248,7 +304,7 @@ def _settings() -> tuple[Any, ...]:
     """Of PyTorch and of this package: what decides which kernels run."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
-        _backend.forced(),
+        _backend.chosen.backend,
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         cuda.matmul.fp32_precision,

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -17,6 +18,7 @@ from torch.utils._device import DeviceContext
 
 from fusedmlp import _reference
 from fusedmlp._backend import MEASURING, Run, chosen, forced
+from fusedmlp._warn import warn
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -135,7 +137,7 @@ def why_not_fused_mlp(
     compiling = torch.compiler.is_compiling()
     reason = _why_impossible(x, weights, biases, compiling)
     if reason is None and name == "auto":
-        reason = _why_not_worth_it(x, weights, biases, final_relu, compiling)
+        reason = _why_closed(x.device.index) or _why_not_worth_it(x, weights, biases, final_relu, compiling)
     return reason
 
 
@@ -245,7 +247,7 @@ def as_compiled(run: Run) -> Run:
     stretch = run.x, run.weights, run.biases
     if chosen.backend != "auto" or _why_impossible(*stretch, False) is not None:
         return run
-    reason = _why_not_worth_it(*stretch, run.final_relu, True)
+    reason = _why_closed(run.x.device.index) or _why_not_worth_it(*stretch, run.final_relu, True)
     return run._replace(reason=reason, basis=_BY_RULE if reason is None else None)
 
 
@@ -326,14 +328,14 @@ def _why_not_worth_it(
     return None
 
 
-def backward_operators(grad_output: torch.Tensor) -> ModuleType:
-    """The room whose mlp_backward is right for a chain whose forward was fused.
+def is_for_kernels(grad_output: torch.Tensor) -> bool:
+    """Whether the kernels' mlp_backward is right for a chain whose forward was fused.
 
     With grad mode on (``create_graph=True``), under vmap (``is_grads_batched=True``), forward-mode
     differentiation or a mode, and for a gradient that is not plain memory, only PyTorch's own operators are
     right.
     """
-    if (
+    return not (
         torch.is_grad_enabled()
         or type(grad_output) not in _PLAIN
         or not _is_plain_memory(grad_output, False)
@@ -341,9 +343,38 @@ def backward_operators(grad_output: torch.Tensor) -> ModuleType:
         or torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(grad_output)
         or torch._C._len_torch_dispatch_stack() > 0
-    ):
-        return _reference
-    return kernels()
+    )
+
+
+HOW_TO_REPORT = "python -m fusedmlp --report problem.txt collects what a report of this needs"
+
+# By the index of the device: which kernel has failed there, and how.
+_closed: dict[int | None, str] = {}
+
+
+def _why_closed(index: int | None) -> str | None:
+    """Why "auto" takes no kernel on this device any more, if one has failed there."""
+    return _closed.get(index)
+
+
+def kernels_or_reference(name: str, insist: bool, tensor: torch.Tensor, *rest: Any) -> Any:
+    """``mlp_forward`` or ``mlp_backward`` by the kernels; by PyTorch's operators once a kernel has failed.
+
+    tensor: the first argument of both, which says on which device. insist: raise KernelFailed instead, as
+    under ``backend("triton")`` and while tune measures.
+    """
+    room, index = kernels(), tensor.device.index
+    if insist or index not in _closed:
+        try:
+            return getattr(room, name)(tensor, *rest)
+        except room.KernelFailed as failure:
+            if insist:
+                raise
+            reason = str(failure)
+        # Outside of the except block, so that what the kernels had allocated is free.
+        _closed[index] = reason
+        warn(f"layers on {tensor.device} run on PyTorch's operators from now on: {reason}. {HOW_TO_REPORT}")
+    return getattr(_reference, name)(tensor, *rest)
 
 
 _NOT_PLAIN_MEMORY = "a tensor is sparse or nested, or a lazy conjugate or negative"
@@ -409,5 +440,5 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 # What torch.compiler.assume_constant_result does, which imports the whole compiler: these ask in ways that
 # cannot be traced what cannot change, or what torch.compile guards anyway.
-for _function in (_interpreting, _transformed, _ieee_float32, _why_not_here):
+for _function in (_interpreting, _transformed, _ieee_float32, _why_not_here, _why_closed):
     vars(_function)["_dynamo_marked_constant"] = True

@@ -61,7 +61,9 @@ def _forward(
     keep: int,
     forced: bool,
 ) -> list[torch.Tensor]:
-    ys: list[torch.Tensor] = _dispatch.kernels().mlp_forward(x, weights, biases, final_relu, keep, forced)
+    ys: list[torch.Tensor] = _dispatch.kernels_or_reference(
+        "mlp_forward", forced, x, weights, biases, final_relu, keep, forced
+    )
     return ys
 
 
@@ -94,8 +96,18 @@ def _backward(
     need_biases: list[bool],
     forced: bool,
 ) -> list[torch.Tensor]:
-    grad_x, grad_weights, grad_biases = _dispatch.kernels().mlp_backward(
-        grad_output, activations, weights, final_relu, lowest, need_x, need_weights, need_biases, forced
+    grad_x, grad_weights, grad_biases = _dispatch.kernels_or_reference(
+        "mlp_backward",
+        forced,
+        grad_output,
+        activations,
+        weights,
+        final_relu,
+        lowest,
+        need_x,
+        need_weights,
+        need_biases,
+        forced,
     )
     return _those_needed(grad_x, grad_weights, grad_biases)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fusedmlp import _backend, _dispatch, _reference, functional
+from fusedmlp import _backend, _cuda_graph, _dispatch, _reference, functional
 from fusedmlp._measure import compare
 from fusedmlp._tuned import Product, Stretch, Tuned
 from fusedmlp._version import __version__
@@ -33,38 +33,36 @@ class Tuning:
         self.index = device.index if device.type == "cuda" else None
         self.here = self.table.where(self.index)
         self.kind = self.kernels.arithmetic(dtype)
-        path = self.table.users_file(self.here)
-        if path is None:
-            raise RuntimeError("tune keeps its table where platformdirs says: pip install platformdirs")
-        self.path: pathlib.Path = path
+        self.path: pathlib.Path = self.table.users_file(self.here)
         self.found = self.table.Table()
         self._known = self._on_disk()
         self.products: list[Product] = []
         self.stretches: list[Stretch] = []
+        self.left_out: list[str] = []  # what was not measured, and why
 
     def run(self, shapes: list[tuple[int, ...]], seconds: float) -> Tuned:
         end = time.monotonic() + seconds
-        left_out = []
         progress = _progress(shapes)
         try:
             for shape in progress:
                 what = f"{shape[0]} x {'-'.join(map(str, shape[1:]))}"
                 if time.monotonic() > end:
-                    left_out.append(f"{what}: the {seconds:g} seconds were over")
+                    self.left_out.append(f"{what}: the {seconds:g} seconds were over")
                     continue
                 try:
                     whole = self._measure(shape, end)
                 except torch.OutOfMemoryError:
-                    left_out.append(f"{what}: not enough memory")
+                    self.left_out.append(f"{what}: not enough memory")
                     torch.cuda.empty_cache()
                 else:
-                    left_out += [] if whole else [f"part of {what}: the {seconds:g} seconds were over"]
+                    if not whole:
+                        self.left_out.append(f"part of {what}: the {seconds:g} seconds were over")
                 self._save()
         finally:
             self.table.disagree(self.index)
         return Tuned(
             self.here.device, str(self.dtype).removeprefix("torch."), tuple(self.products),
-            tuple(self.stretches), tuple(left_out), str(self.path),
+            tuple(self.stretches), tuple(self.left_out), str(self.path),
         )  # fmt: skip
 
     def _measure(self, shape: tuple[int, ...], end: float) -> bool:
@@ -78,7 +76,11 @@ class Tuning:
                     continue
                 if time.monotonic() > end:
                     return False
-                found = self._product(operation, rows, N, K)
+                try:
+                    found = self._product(operation, rows, N, K)
+                except (self.kernels.KernelFailed, _cuda_graph.CaptureFailed) as failure:
+                    self.left_out.append(f"{operation} of {rows} x {K} -> {N}: {failure}")
+                    continue
                 self.products.append(found[0])
                 if found[1] is not None:
                     self.found.products[key] = found[1]
@@ -91,7 +93,12 @@ class Tuning:
                     continue
                 if time.monotonic() > end:
                     return False
-                s = self._stretch(mode, rows, part, relu)
+                try:
+                    s = self._stretch(mode, rows, part, relu)
+                except self.kernels.KernelFailed as failure:
+                    layers_of = "-".join(map(str, part))
+                    self.left_out.append(f"{mode} of {rows} x {layers_of}: {failure}")
+                    continue
                 self.stretches.append(s)
                 self.found.stretches[which] = self.table.Stretch(s.us, s.torch_us, s.in_one, "")
         return True
@@ -145,7 +152,8 @@ class Tuning:
                 runs[tile] = lambda tile=tile: by_kernel(tile)  # type: ignore[misc]
             else:
                 problems.append(f"{_words(tile)}: {problem}")
-        times = _device_times(runs, self.device)
+        times, failures = _device_times(runs, self.device)
+        problems += [f"{_words(tile)}: {failure}" for tile, failure in failures.items()]
         torch_us = times.pop(None)
         wrong = "; ".join(problems) or None
         if not times:
@@ -306,8 +314,8 @@ def _why_not_right(
         results = run()
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # out of shared memory, say, of a chip that is smaller than it said
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    except Exception as error:  # of the kernel, or of PyTorch or Triton on the way to it
+        return f"{type(error).__name__}: {error}".splitlines()[0]
     for ours, its, true in zip(results, torchs, exact, strict=True):
         problem = compare(ours, its, true).problem
         if problem is not None:
@@ -320,21 +328,41 @@ def _words(tile: Any) -> str:
     return f"{tile.BLOCK_R}x{tile.BLOCK_C}x{tile.BLOCK_K}, {tile.num_warps} warps{how}"
 
 
-def _device_times(runs: dict[Any, Callable[[], Any]], device: torch.device) -> dict[Any, float]:
-    """Microseconds of each on the device alone, in turns, the median of the rounds."""
+def _device_times(
+    runs: dict[Any, Callable[[], Any]], device: torch.device
+) -> tuple[dict[Any, float], dict[Any, str]]:
+    """Microseconds of each on the device alone, in turns, the median of the rounds; why some have none."""
     if device.type == "cpu":  # the interpreter, whose times mean nothing
-        return {name: _seconds_of(run, 1) * 1e6 for name, run in runs.items()}
+        return {name: _seconds_of(run, 1) * 1e6 for name, run in runs.items()}, {}
     import triton
 
-    times: dict[Any, list[float]] = {name: [] for name in runs}
+    graphs: dict[Any, tuple[torch.cuda.CUDAGraph, int]] = {}
+    failures: dict[Any, str] = {}
+    for name, run in runs.items():
+        calls = max(1, min(200, int(1e-3 / _seconds_of(run, 3))))  # about a millisecond together
+        try:
+            graph, _ = _cuda_graph.capture(functools.partial(_repeat, run, calls), device)
+        except _cuda_graph.CaptureFailed as failure:
+            if name is None:
+                raise
+            failures[name] = f"not timed: {failure}"
+        else:
+            graphs[name] = graph, calls
+    times: dict[Any, list[float]] = {name: [] for name in graphs}
     for turn in range(_ROUNDS):
         for name in [*times]:
-            ms = triton.testing.do_bench_cudagraph(runs[name], rep=4, return_mode="median")
-            times[name].append(1e3 * ms)
+            graph, calls = graphs[name]
+            ms = triton.testing.do_bench(graph.replay, warmup=2, rep=6, return_mode="median")
+            times[name].append(1e3 * ms / calls)
         if turn == 0:  # the slowest need no second look
             quick = sorted((name for name in times if name is not None), key=lambda name: times[name][0])[:3]
             times = {name: times[name] for name in [None, *quick] if name in times}
-    return {name: statistics.median(several) for name, several in times.items()}
+    return {name: statistics.median(several) for name, several in times.items()}, failures
+
+
+def _repeat(run: Callable[[], Any], calls: int) -> None:
+    for _ in range(calls):
+        run()
 
 
 def _wall_times(runs: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
@@ -356,8 +384,7 @@ def _seconds_of(run: Callable[[], Any], calls: int) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    for _ in range(calls):
-        run()
+    _repeat(run, calls)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return (time.perf_counter() - begin) / calls

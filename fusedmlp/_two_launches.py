@@ -3,14 +3,14 @@
 Parameters, state and hyper-parameters are read anew at every call.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from fusedmlp import _dispatch
+from fusedmlp import _backend, _cuda_graph, _dispatch
 from fusedmlp._recipe import Recipe
+from fusedmlp._warn import warn
 
 
 def why_not(
@@ -68,6 +68,7 @@ class TwoLaunches:
     """The memory that the steps of one TrainStep share, and the CUDA graph of its last epoch."""
 
     def __init__(self) -> None:
+        self.failure: str | None = None  # why this route is closed, if it is
         self._made: Any = None  # for which network the memory is
         self._workspace: Any = None
         self._order = self._losses = torch.empty(0)
@@ -76,17 +77,28 @@ class TwoLaunches:
         self._ran: Any = None  # what an epoch has run, launch by launch
         self._captured: Any = None  # what the graph holds
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._capturable = True
+        self._no_graph: str | None = None  # why a capture failed, if one has
+
+    def why_no_replay(self) -> str | None:
+        """None if an epoch may become a CUDA graph, else the reason."""
+        return self._no_graph or _cuda_graph.why_not_capture()
 
     def step(
         self, recipe: Recipe, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype | None
-    ) -> torch.Tensor:
-        """The mean loss, after which parameters and state are those of the next step."""
+    ) -> torch.Tensor | None:
+        """The mean loss, after which parameters and state are those of the next step.
+
+        None if a kernel has failed: then nothing has changed, and this route is closed.
+        """
         rows = x.shape[0]
         losses = torch.empty(1, device=x.device)
         run = self._prepared(recipe, x, y, dtype, rows, 1)
         _kernels().refresh_copies(run.parameters)
-        run.launch(None, 0, rows, losses, 0)
+        try:
+            run.launch(None, 0, rows, losses, 0)
+        except _dispatch.kernels().KernelFailed as failure:
+            self._close(failure)
+            return None
         _advance(recipe, 1)
         return losses[0]
 
@@ -101,50 +113,68 @@ class TwoLaunches:
     ) -> torch.Tensor:
         """A step for each ``batch_size`` of the rows ``order``, the last on what is left; all losses.
 
-        On a GPU the first epoch goes launch by launch, which compiles the kernels; the second is captured in
-        a CUDA graph, and replayed as long as it reads and writes the same memory in the same way.
+        On a GPU the first epoch goes launch by launch; the second is captured in a CUDA graph, and replayed
+        as long as it reads and writes the same memory in the same way. Before the first step the kernels for
+        both lengths of batch are built. If one fails all the same, this route is closed, and the losses are
+        those of the steps before it, which are done.
         """
         steps = -(-len(order) // batch_size)
         run = self._prepared(recipe, images, labels, dtype, batch_size, steps)
         if self._order.shape != order.shape or len(self._losses) != steps:
             self._order, self._losses = torch.empty_like(order), torch.empty(steps, device=order.device)
         self._order.copy_(order)
-
-        def launch_all() -> None:
-            _kernels().refresh_copies(run.parameters)
-            for i in range(steps):
-                rows = min(batch_size, len(order) - i * batch_size)
-                run.launch(self._order, i * batch_size, rows, self._losses, i)
-
+        lengths = [min(batch_size, len(order) - first) for first in range(0, len(order), batch_size)]
         compiled = (run.identity(), batch_size, len(order) % batch_size)
         rest = (run.numbers, self._order, self._losses)
         whole = (compiled, len(order), *(tensor.data_ptr() for tensor in rest))
-        replay = images.is_cuda and compiled == self._ran and self._capturable
+        done = 0  # steps, launch by launch
+
+        def launch_all() -> None:
+            nonlocal done
+            _kernels().refresh_copies(run.parameters)
+            for done, rows in enumerate(lengths):
+                run.launch(self._order, done * batch_size, rows, self._losses, done)
+            done = steps
+
+        replay = images.is_cuda and compiled == self._ran and self.why_no_replay() is None
         if replay and whole != self._captured:
             replay = self._capture(launch_all, images.device)
             self._captured = whole if replay else None
         if replay and self._graph is not None:
             with torch.cuda.device(images.device):
                 self._graph.replay()
+            done = steps
         else:
-            launch_all()
-            self._ran = compiled
-        _advance(recipe, steps)
+            done = 0
+            try:
+                for rows in {lengths[0], lengths[-1]}:
+                    run.build(self._order, rows, self._losses)
+                launch_all()
+                self._ran = compiled
+            except _dispatch.kernels().KernelFailed as failure:
+                _advance(recipe, done)
+                self._close(failure)
+                return self._losses[:done].clone()
+        _advance(recipe, done)
         return self._losses.clone()
+
+    def _close(self, failure: Exception) -> None:
+        """Take this route no more; where ``backend("triton")`` insists on it, raise the failure instead."""
+        if _backend.forced():
+            raise failure
+        self.failure = str(failure)
+        self._captured = self._graph = None
+        warn(f"training goes on without the two-launch step: {failure}. {_dispatch.HOW_TO_REPORT}")
 
     def _capture(self, run: Callable[[], None], device: torch.device) -> bool:
         """Whether the graph holds now what ``run`` launches."""
-        graph = torch.cuda.CUDAGraph()
+        self._graph = None  # the memory of the one before is free for this
         try:
-            with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                run()
-        except RuntimeError as error:
-            text = f"an epoch could not be captured in a CUDA graph, and goes launch by launch: {error}"
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
-            self._capturable = False
-            return False
-        self._graph = graph
-        return True
+            self._graph, _ = _cuda_graph.capture(run, device)
+        except _cuda_graph.CaptureFailed as failure:
+            self._no_graph = f"capturing it raised {failure}"
+            warn(f"an epoch goes launch by launch, not as a CUDA graph: {self._no_graph}")
+        return self._graph is not None
 
     def _prepared(
         self,
@@ -187,11 +217,21 @@ class _Run(NamedTuple):
     workspace: Any
 
     def launch(self, index: torch.Tensor | None, first: int, rows: int, losses: torch.Tensor, i: int) -> None:
-        scale = 1.0 if self.x.is_floating_point() else 1 / 255
         _kernels().train_step(
             self.x, index, first, rows, self.y, self.parameters, self.network, self.numbers, losses, i,
-            self.workspace, scale,
+            self.workspace, self.scale,
         )  # fmt: skip
+
+    def build(self, index: torch.Tensor, rows: int, losses: torch.Tensor) -> None:
+        """Compile and load what a step on so many rows launches."""
+        _kernels().build_step(
+            self.x, index, rows, self.y, self.parameters, self.network, self.numbers, losses, self.workspace,
+            self.scale,
+        )  # fmt: skip
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.x.is_floating_point() else 1 / 255
 
     def identity(self) -> tuple[Any, ...]:
         """What has to be the same for a replay to be right: the caller's memory, and what is compiled in."""
@@ -263,6 +303,8 @@ def _numbers_of(recipe: Recipe, steps: int) -> torch.Tensor:
 def _advance(recipe: Recipe, steps: int) -> None:
     """What else so many steps leave behind: no gradients, the optimizer's count, and for autograd's checks
     that the parameters have changed."""
+    if steps == 0:
+        return
     for parameter in recipe.parameters:
         parameter.grad = None
     torch.autograd.graph.increment_version(recipe.parameters)

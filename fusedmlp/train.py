@@ -1,8 +1,6 @@
 """``TrainStep``: forward, loss, backward and update as one call, on the fastest route that is right."""
 
 import contextlib
-import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +8,7 @@ import torch
 
 from fusedmlp import _backend, _capture, _direct, _two_launches
 from fusedmlp._recipe import NO_STATE, Recipe, recipe_of, why_watched
+from fusedmlp._warn import warn
 
 LossFunction = Callable[[Any, torch.Tensor], torch.Tensor]
 
@@ -72,8 +71,9 @@ class TrainStep:
         recipe = self._recipe_for_two_launches(x, y)
         if not isinstance(recipe, str):
             loss = self._two_launches.step(recipe, x, y, self._asked_dtype)
-            self._tell_scheduler()
-            return loss
+            if loss is not None:
+                self._tell_scheduler()
+                return loss
         if _is_on(x, "cuda") and self._why_not_graph(x, y) is None:
             return self._graphs(x, y, self._forward_backward, self._update)
         recipe = self._recipe_for_direct(x, y)
@@ -109,6 +109,8 @@ class TrainStep:
         recipe = self._recipe_for_two_launches(x, y)
         if not isinstance(recipe, str):
             parts = ["Two launches: all rows forward and backward, then all weights with their update."]
+            if (reason := self._two_launches.why_no_replay()) is not None:
+                parts.append(f"An epoch goes launch by launch, not as a CUDA graph: {reason}.")
         else:
             on_cuda = _is_on(x, "cuda")
             parts = self._explained_on_cuda(x, y) if on_cuda else self._explained_on_cpu(x, y)
@@ -165,6 +167,8 @@ class TrainStep:
             return "a GradScaler is given"
         if self._clip_grad_norm is not None or self._accumulate > 1:
             return "gradients are clipped or accumulated"
+        if self._two_launches.failure is not None and not _backend.forced():
+            return self._two_launches.failure
         if (reason := why_watched(x.device.type, forced=True)) is not None:
             return reason
         recipe = recipe_of(self._model, self._loss_fn, self._optimizer)
@@ -196,10 +200,7 @@ class TrainStep:
             return self._asked_dtype
         if not self._warned:
             self._warned = True
-            level = 1  # of the first caller who is not of this module
-            while sys._getframe(level).f_globals is globals():
-                level += 1
-            warnings.warn(f"computed in the model's dtype: {reason}", stacklevel=level + 1)
+            warn(f"computed in the model's dtype: {reason}", UserWarning)
         return None
 
     def _why_not_compute_dtype(self, x: torch.Tensor) -> str | None:
@@ -243,18 +244,21 @@ class TrainStep:
         batch = torch.empty((size, *images.shape[1:]), dtype=dtype, device=images.device)
         pixels = batch if dtype is images.dtype else torch.empty_like(batch, dtype=images.dtype)
         targets = labels.new_empty((size, *labels.shape[1:]))
-        losses = []
+        losses: list[torch.Tensor] = []
         stop = count - count % batch_size if drop_last else count
-        for start in range(0, stop, batch_size):
-            if start <= batch_size:  # the first step makes the optimizer's state, which the others count on
+        start = 0
+        while start < stop:
+            if len(losses) < 2:  # the first step makes the optimizer's state, which the others count on
                 recipe = self._recipe_for_two_launches(images, labels, size)
                 if not isinstance(recipe, str):
-                    rest = order[start:stop]
-                    losses.append(
-                        self._two_launches.epoch(recipe, images, labels, rest, size, self._asked_dtype)
+                    done = self._two_launches.epoch(
+                        recipe, images, labels, order[start:stop], size, self._asked_dtype
                     )
-                    self._tell_scheduler()
-                    break
+                    losses.append(done)
+                    start += size * len(done)
+                    if len(done) > 0:
+                        self._tell_scheduler()
+                    continue  # where a kernel has failed, with what is left
             rows = order[start : start + batch_size]
             x, y = batch[: len(rows)], targets[: len(rows)]
             with torch.no_grad():
@@ -263,6 +267,7 @@ class TrainStep:
                 if pixels is not batch:
                     x.copy_(pixels[: len(rows)]).div_(255)
             losses.append(self(x, y).reshape(1))
+            start += batch_size
         if not losses:
             return torch.empty(0, device=images.device)
         together = torch.cat(losses)
@@ -324,4 +329,4 @@ def _warn_of_not_finite(losses: torch.Tensor) -> None:
     if not finite.all():
         step = int(finite.int().argmin())
         text = f"the loss is {losses[step].item()} at step {step} of this epoch, of 0 to {len(losses) - 1}"
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
+        warn(text)

@@ -153,14 +153,17 @@ def shipped_file(here: Where) -> pathlib.Path:
     return pathlib.Path(__file__).parent / f"tuned_{here.family}_triton_{here.triton}.json"
 
 
-def users_file(here: Where) -> pathlib.Path | None:
-    """Where the user's own table is kept; None without platformdirs, which knows the platform's folder."""
+def users_file(here: Where) -> pathlib.Path:
+    """Where the user's own table is kept: in the platform's cache folder, which is ~/.cache on Linux."""
     try:
         import platformdirs
-    except ImportError:
-        return None
+    except ImportError:  # then as it does on Linux, where Triton is
+        caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        folder = caches / "fusedmlp"
+    else:
+        folder = platformdirs.user_cache_path("fusedmlp")
     slug = re.sub(r"[^A-Za-z0-9]+", "-", here.device).strip("-")
-    return platformdirs.user_cache_path("fusedmlp") / f"tuned_{slug}_triton_{here.triton}.json"
+    return folder / f"tuned_{slug}_triton_{here.triton}.json"
 
 
 class Unusable(ValueError):
@@ -291,8 +294,7 @@ def _read(index: int | None) -> Table:
     ours = read(shipped_file(here), here, exact=False)
     theirs = _agreed.get(index)
     if theirs is None and not in_a_distributed_job():
-        file = users_file(here)
-        theirs = None if file is None else read(file, here, exact=True)
+        theirs = read(users_file(here), here, exact=True)
     both = Table()
     for table in (ours, theirs):
         if table is not None:

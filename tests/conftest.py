@@ -22,7 +22,7 @@ atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 torch.set_num_threads(1)  # pytest-xdist uses the cores; and sums in one order
 
 
-pytest_plugins = ["compatibility", "networks"]
+pytest_plugins = ["card", "compatibility", "failing", "networks"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

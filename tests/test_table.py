@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 if not HAS_TRITON:
     pytest.skip("Triton is not installed: no kernels to choose", allow_module_level=True)
-pytest.importorskip("platformdirs")
 
 from fusedmlp.kernels import _table
 from fusedmlp.kernels._tiles import CANDIDATES, IRREGULAR, OPERATIONS, TILES, candidates
@@ -280,19 +279,29 @@ def test_candidates_are_those_that_fit(
         assert (tile in found) == (fits and (descriptors or not tile.descriptors))
 
 
-def test_without_platformdirs_there_is_no_users_table(tmp_path: pathlib.Path) -> None:
+@pytest.mark.kernels
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_users_table_needs_no_platformdirs(
+    installed: bool, variable: str, tmp_path: pathlib.Path
+) -> None:
+    """It lies at the same place with and without, and a later process finds it there."""
+    if installed:
+        pytest.importorskip("platformdirs", reason="platformdirs is not installed")
     code = (
-        "import sys; sys.modules['platformdirs'] = None\n"
-        "from fusedmlp import _dispatch\n"
-        "table = _dispatch.kernels()._table\n"
-        "assert table.users_file(table.where(None)) is None\n"
-        "assert not table.table_of(None).products\n"
-        "import fusedmlp\n"
-        "try: fusedmlp.tune([(8, 16, 16)])\n"
-        "except RuntimeError as error: print(error)"
+        "import sys\n"
+        f"if not {installed}: sys.modules['platformdirs'] = None\n"
+        "import torch, fusedmlp\n"
+        "tuned = fusedmlp.tune([(8, 16, 16)], torch.float32)\n"
+        "print(tuned.path, len(tuned.products))"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert "pip install platformdirs" in run.stdout
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
+    environment[variable] = str(tmp_path)
+    folder = tmp_path / "fusedmlp" if variable == "XDG_CACHE_HOME" else tmp_path / ".cache" / "fusedmlp"
+    for products in (3, 0):
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+        )
+        path, count = run.stdout.rsplit(maxsplit=1)
+        assert pathlib.Path(path).parent == folder
+        assert int(count) == products
