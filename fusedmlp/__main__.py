@@ -2,15 +2,21 @@
 
 import argparse
 import contextlib
+import copy
 import importlib.metadata
+import pathlib
 import platform
 import re
+import textwrap
 
 import torch
 
 import fusedmlp
-from fusedmlp import _dispatch, _tune, nn
+from fusedmlp import _dispatch, _report, _tune, nn
+from fusedmlp._measure import compare
 from fusedmlp.functional import why_not_fused
+
+STEPS = 6  # on a GPU other models than MLPs are captured in a CUDA graph at the fourth
 
 DTYPES = {
     "fp32": torch.float32,
@@ -48,7 +54,8 @@ def main() -> int:
         prog="python -m fusedmlp",
         description="Say what is installed; which path runs for an MLP of the given widths, and why; and "
         "whether its output and gradients are right against float64, on the Triton kernels wherever they can "
-        "run, else on PyTorch's operators. The exit status is 0 if they are right, 1 if not.",
+        "run, else on PyTorch's operators; and whether TrainStep trains it as PyTorch's loop does. The exit "
+        "status is 0 if all of it is right, 1 if not.",
         epilog="example: python -m fusedmlp --mlp 784,256,128,10 --batch 512 --dtype bf16. Without a GPU, "
         "TRITON_INTERPRET=1 runs the kernels in Triton's interpreter: take small widths, it is slow.",
     )
@@ -68,6 +75,13 @@ def main() -> int:
         help="fp32, bf16 or fp16 (default: fp32)",
     )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument(
+        "--report",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="write all of it to FILE, with versions, driver, settings and the traceback of whatever fails: "
+        "what to attach where you report a problem",
+    )
     subparsers = parser.add_subparsers(title="or", metavar="tune")
     _tune.add_parser(subparsers, DTYPES)
     options = parser.parse_args()
@@ -87,19 +101,65 @@ def main() -> int:
     except (RuntimeError, AssertionError, NotImplementedError) as refusal:
         parser.error(f"--device {options.device} cannot be used: {str(refusal).splitlines()[0]}")
 
+    if options.report is None:
+        return check(widths, options.batch, device, dtype)
+    try:
+        return _report.write(options.report, lambda: check(widths, options.batch, device, dtype))
+    except OSError as refusal:
+        parser.error(f"--report {options.report} cannot be written: {refusal.strerror}")
+
+
+def check(widths: list[int], batch: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Print what is here, what runs for this MLP and whether it is right; 0 if it is, else 1."""
     print(versions())
     print(devices())
     print()
     torch.manual_seed(0)
     model = nn.MLP(widths[0], widths[1:-1], widths[-1], device=device, dtype=dtype)
-    x = torch.randn(options.batch, widths[0], device=device, dtype=dtype)
+    x = torch.randn(batch, widths[0], device=device, dtype=dtype)
     print(fusedmlp.explain(model, x))
     with fusedmlp.backend("triton"):
-        possible = why_not_fused(probe, probe) is None
+        possible = why_not_fused(x[:1, :1], x[:1, :1]) is None
     where = "on the Triton kernels" if possible else "on PyTorch's operators, as the kernels cannot run here"
     print(f"\nIs it right {where}?\n")
     with fusedmlp.backend("triton") if possible else contextlib.nullcontext():
-        return 0 if fusedmlp.verify(model, x) else 1
+        right = bool(fusedmlp.verify(model, x))
+    print("\nAnd trained by TrainStep?\n")
+    return 0 if trains(model, x) and right else 1
+
+
+def trains(model: nn.MLP, x: torch.Tensor) -> bool:
+    """Train copies of the model by TrainStep and by PyTorch's loop, and print whether the losses agree."""
+    y = torch.randn_like(model(x).detach())
+    losses, how = [], ""
+    for dtype, by_step in ((x.dtype, True), (x.dtype, False), (torch.float64, False)):
+        copied = copy.deepcopy(model).to(dtype)
+        optimizer = torch.optim.SGD(copied.parameters(), lr=0.01, momentum=0.9)
+        step = fusedmlp.TrainStep(copied, torch.nn.functional.mse_loss, optimizer)
+        if by_step:
+            each = [step(x, y) for _ in range(STEPS)]
+            how = step.explain(x, y)
+        else:
+            with fusedmlp.backend("torch"):
+                each = [_loop(copied, optimizer, x.to(dtype), y.to(dtype)) for _ in range(STEPS)]
+        losses.append(torch.stack(each))
+    ours, torchs, exact = losses
+    found = compare(ours, torchs, exact, floor=8 * torch.finfo(x.dtype).eps)
+    verdict = "right" if found.problem is None else f"WRONG, {found.problem}"
+    errors = f"{found.errors[0]:.2g} off float64's, PyTorch's loop's {found.torchs_errors[0]:.2g}"
+    for line in (f"{verdict}: the losses of {STEPS} steps are at most {errors}.", *how.splitlines()):
+        print(textwrap.fill(line, 80))
+    return found.problem is None
+
+
+def _loop(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    optimizer.zero_grad()
+    loss = torch.nn.functional.mse_loss(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 if __name__ == "__main__":

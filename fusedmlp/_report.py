@@ -1,0 +1,85 @@
+"""What a report of a problem needs, in one file: ``python -m fusedmlp --report FILE``."""
+
+import contextlib
+import importlib.metadata
+import io
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+import torch
+
+# Of these packages the versions, of these variables the values may have a part in a problem.
+_PACKAGES = ("torch", "triton", "numpy", "torchvision", "platformdirs", "fusedmlp")
+_VARIABLES = re.compile(r"(FUSEDMLP|TRITON|TORCH|PYTORCH|CUDA|CUBLAS|NVIDIA|OMP|MKL|LD_LIBRARY_PATH|CC$)")
+_GPUS = (
+    "nvidia-smi",
+    "--query-gpu=name,driver_version,memory.total,memory.used,compute_mode",
+    "--format=csv",
+)
+
+
+class _Both(io.TextIOBase):
+    """A stream that goes to the terminal and into the report."""
+
+    def __init__(self, terminal: io.TextIOBase, report: io.TextIOBase) -> None:
+        self.terminal, self.report = terminal, report
+
+    def write(self, text: str) -> int:
+        self.report.write(text)
+        return self.terminal.write(text)
+
+    def flush(self) -> None:
+        self.terminal.flush()
+
+
+def write(file: pathlib.Path, run: Callable[[], int]) -> int:
+    """Run, and write what it prints, warns of or raises into ``file``, below what this machine is.
+
+    The file is there from the start, so a crash leaves in it what came before. Returns the exit status: that
+    of ``run``, or 1 if it raised. Raises OSError where the file cannot be written.
+    """
+    with file.open("w", encoding="utf-8", buffering=1) as report:
+        report.write(f"$ {' '.join(['python -m fusedmlp', *sys.argv[1:]])}\n\n{machine()}\n\n")
+        with (
+            contextlib.redirect_stdout(_Both(sys.stdout, report)),  # type: ignore[arg-type]
+            contextlib.redirect_stderr(_Both(sys.stderr, report)),  # type: ignore[arg-type]
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("always")
+            try:
+                status = run()
+            except Exception:
+                print("\nIt failed:\n")
+                traceback.print_exc(file=sys.stdout)
+                status = 1
+        report.write(f"\nexit status {status}\n")
+    print(f"\nAll of this, and more about this machine, is in {file}.")
+    print("Read it before you send it: it names folders of yours.")
+    return status
+
+
+def machine() -> str:
+    """The system, the versions, the GPUs and their driver, the variables that have a part in what runs."""
+    lines = [platform.platform(), f"Python {platform.python_version()}, {sys.executable}"]
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            lines.append(f"{name} {importlib.metadata.version(name)}")
+    lines.append(f"PyTorch is built for CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
+    lines += ["", *_gpus(), ""]
+    lines += [f"{name}={value}" for name, value in sorted(os.environ.items()) if _VARIABLES.match(name)]
+    return "\n".join(lines).rstrip()
+
+
+def _gpus() -> list[str]:
+    try:
+        run = subprocess.run(_GPUS, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [f"nvidia-smi does not run: {type(error).__name__}: {error}"]
+    return (run.stdout.strip() or run.stderr.strip()).splitlines()
