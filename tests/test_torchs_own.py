@@ -14,9 +14,20 @@ import torch
 from compatibility import Route, unrecorded
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
-from torchs_own import KERNEL_DTYPES, SECTION, Sample, assert_same, in_float64, op_info, results
+from torchs_own import (
+    KERNEL_DTYPES,
+    NEEDS_EXPECTTEST,
+    SECTION,
+    Sample,
+    assert_same,
+    in_float64,
+    op_info,
+    results,
+)
 
 from fusedmlp import functional
+
+pytestmark = NEEDS_EXPECTTEST
 
 # Ours, and torch's in whose place it is.
 FUNCTIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {

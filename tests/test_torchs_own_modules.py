@@ -15,10 +15,12 @@ import pytest
 import torch
 from compatibility import Route
 from torch import nn as tnn
-from torchs_own import KERNEL_DTYPES, SECTION, assert_same, in_float64, module_info, results
+from torchs_own import KERNEL_DTYPES, NEEDS_EXPECTTEST, SECTION, assert_same, in_float64, module_info, results
 
 import fusedmlp
 from fusedmlp import nn
+
+pytestmark = NEEDS_EXPECTTEST
 
 
 class Subject(NamedTuple):

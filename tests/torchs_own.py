@@ -1,9 +1,11 @@
 """What the tests of test_torchs_own.py and test_torchs_own_modules.py share."""
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from oracle import assert_right
 from torch.utils._pytree import tree_map_only
@@ -11,6 +13,10 @@ from torch.utils._pytree import tree_map_only
 Sample = tuple[torch.Tensor, ...]
 
 SECTION = "PyTorch's own tests"
+NEEDS_EXPECTTEST = pytest.mark.skipif(
+    importlib.util.find_spec("expecttest") is None,
+    reason="expecttest is not installed, and PyTorch's own tests import it",
+)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
