@@ -1,6 +1,7 @@
 """Kernels that fail as Triton's do, put in the place of real ones, for the tests of what happens then."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -53,6 +54,11 @@ class Failing:
     def run(self, *arguments: Any, **options: Any) -> Any:
         """What builds a kernel on a GPU, and launches nothing."""
         return self.kernel.run(*arguments, **options)
+
+
+def ours(caught: Iterable[warnings.WarningMessage]) -> list[str]:
+    """What this package warned of: Triton 3.6's interpreter makes NumPy warn in every launch."""
+    return [str(one.message) for one in caught if one.category is RuntimeWarning]
 
 
 @pytest.fixture
