@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import pathlib
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import zipfile
 
 import pytest
+from conftest import HAS_TRITON
 
 import fusedmlp
 
@@ -188,3 +190,53 @@ def test_imports_point_one_way() -> None:
         assert imported(path) <= BELOW[path.stem], path.name
     for path in (ROOT / "kernels").glob("*.py"):
         assert not imported(path), path.name
+
+
+# --- The tests themselves, on a machine that lacks something ---
+
+
+def suite(tmp_path: pathlib.Path, plugin: str, *arguments: str) -> str:
+    """What pytest prints of these tests, with a plugin that makes this machine another one."""
+    (tmp_path / "this_machine.py").write_text(plugin)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "this_machine",
+        "-p",
+        "no:cacheprovider",
+        *arguments,
+    ]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_without_expecttest_pytorchs_own_tests_are_skipped(tmp_path: pathlib.Path) -> None:
+    said = suite(
+        tmp_path,
+        "import sys; sys.modules['expecttest'] = None",
+        "tests/test_torchs_own_modules.py",
+        "-k",
+        "LinearReLU",
+    )
+    assert "expecttest is not installed" in said
+    assert " passed" not in said
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: there is no interpreter to set")
+def test_nothing_sets_the_interpreter_beside_a_gpu(tmp_path: pathlib.Path) -> None:
+    """Triton 3.6's does not work with every NumPy, and what runs in it there is not what a user runs."""
+    plugin = (
+        "import os, torch\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "def pytest_sessionfinish():\n"
+        "    assert 'TRITON_INTERPRET' not in os.environ\n"
+    )
+    said = suite(tmp_path, plugin, "tests/test_distributed.py", "-k", "kernels and ddp")
+    assert "two processes on the CPU would need Triton's interpreter, and here is a GPU" in said
+    assert " passed" not in said
