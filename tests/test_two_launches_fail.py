@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from card import Card
 from conftest import HAS_TRITON
 from failing import ERRORS, ours
 from oracle import assert_right
@@ -217,3 +218,23 @@ def test_who_insists_on_the_kernels_is_told(fail: Any, device: torch.device) -> 
         with fusedmlp.backend("triton"), pytest.raises(KernelFailed, match="out of resource"):
             twins.step.epoch(x, y, 5)
     assert all(torch.equal(p, was) for p, was in zip(twins.model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("point", ["run", "end"])
+def test_an_epoch_that_cannot_be_captured_goes_launch_by_launch(
+    point: str, card: Card, device: torch.device, as_on_a_gpu: None
+) -> None:
+    """Of the capture itself only: the epoch around it wants a GPU."""
+    twins = trained(device)
+    two_launches = twins.step._two_launches
+    card.fails_at = point
+
+    def run() -> None:
+        card.fail("run")
+
+    with pytest.warns(RuntimeWarning, match=f"an epoch goes launch by launch, .* failed at {point}"):
+        assert not two_launches._capture(run, torch.device("cuda", 0))
+    card.assert_healthy()
+    said = twins.step.explain(*batch(device))
+    assert said.startswith("Two launches")
+    assert f"not as a CUDA graph: capturing it raised CardFailed: failed at {point}." in said
