@@ -121,10 +121,8 @@ def build(
     try:
         with torch.cuda.device(x.device):
             compiled = kernel.run(*args, grid=grid, warmup=True, **options)
-            if compiled is not None:
-                _ = (
-                    compiled.run
-                )  # A look at it loads the kernel, and finds out whether the device can hold it.
+            if compiled is not None:  # as it may be where somebody's hook has taken the compilation over
+                compiled._init_handles()  # loads it, or raises, each time, if the device cannot hold it
     except Exception as error:
         raise _failure(kernel, error) from error
 

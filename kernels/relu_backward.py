@@ -15,7 +15,9 @@ from ._tiles import cdiv
 
 BLOCK_M = 32
 BLOCK_N = 128
-_OPTIONS = COMPILE_OPTIONS | {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": 4}
+# With 4 warps the 64-bit offsets of odd strides take more registers than a thread has, and some are spilled.
+NUM_WARPS = 8
+_OPTIONS = COMPILE_OPTIONS | {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": NUM_WARPS}
 
 
 @triton.jit

@@ -45,8 +45,9 @@ def seed() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """How many random cases ran, which the counts of tests do not say."""
+    """How many random cases and how many builds there were, which the counts of tests do not say."""
     count = {False: 0, True: 0}
+    on_stub: dict[int, str] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", None) == "call":
@@ -54,8 +55,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
                     if key == "random cases":
                         kernels, cases = value
                         count[kernels] += cases
+                    if key == "builds and launches":
+                        arch, builds, launches = value
+                        on_stub[arch] = f"sm_{arch} {builds} and {launches}"
     if any(count.values()):
         terminalreporter.write_line(
             f"{sum(count.values())} random cases: {count[False]} on PyTorch's operators, "
             f"{count[True]} where the kernels can run"
         )
+    if on_stub:
+        counts = ", ".join(on_stub[arch] for arch in sorted(on_stub))
+        terminalreporter.write_line(f"builds and launches on a stub of the driver: {counts}")

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from machine_code import resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -32,7 +33,7 @@ from fusedmlp.kernels.grad_input import _grad_input_descriptor_kernel, _grad_inp
 from fusedmlp.kernels.grad_weight import _grad_weights_kernel
 from fusedmlp.kernels.narrow import FEW_ROWS, IN_REGISTERS, THROUGH_CACHE, Form, _narrow_forward_kernel
 from fusedmlp.kernels.narrow_backward import BLOCK_C, _narrow_backward_kernel
-from fusedmlp.kernels.relu_backward import BLOCK_M, BLOCK_N, _relu_backward_kernel
+from fusedmlp.kernels.relu_backward import BLOCK_M, BLOCK_N, NUM_WARPS, _relu_backward_kernel
 from fusedmlp.kernels.step import (
     PERSISTENT_TILES,
     ROWS_TILES,
@@ -58,6 +59,7 @@ class Spec(NamedTuple):
     arguments: dict[str, Any]
     kind: str | None = None
     tile: Tile | Form | RowsTile | WeightsTile | None = None
+    num_warps: int = 4  # without a tile
 
 
 # What of an irregular product is not a multiple of 16, as Triton sees it: everything, or one odd size and
@@ -299,16 +301,17 @@ def specs(which: str) -> Iterator[Spec]:
     elif which in ("narrow_forward", "narrow_backward"):
         yield from narrow(which == "narrow_backward")
     elif which == "relu_backward":
-        for dtype, relu, bias in itertools.product(("fp32", "fp16", "bf16"), (True, False), (True, False)):
-            arguments = dict.fromkeys(_relu_backward_kernel.arg_names, "i32:16")
+        flags = itertools.product((True, False), repeat=3)
+        for dtype, (relu, bias, odd) in itertools.product(("fp32", "fp16", "bf16"), flags):
+            arguments = dict.fromkeys(_relu_backward_kernel.arg_names, "i32" if odd else "i32:16")
             arguments |= {"grad_output_ptr": f"*{dtype}:16", "M": "i32", "rows_per_chunk": "i32"}
             arguments |= {"y_ptr": f"*{dtype}:16", "grad_z_ptr": f"*{dtype}:16"} if relu else {}
             constants = {} if relu else {"y_ptr": None, "grad_z_ptr": None, "stride_ym": 0, "stride_yn": 0}
             constants |= {"partials_ptr": "*fp32:16" if bias else None, "stride_gn": 1, "stride_yn": 1}
             constants |= {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
-            if relu or bias:
-                name = f"relu_backward {dtype} relu={relu} bias={bias}"
-                yield Spec(name, _relu_backward_kernel, arguments | constants)
+            if (relu and bias) or ((relu or bias) and not odd):
+                name = f"relu_backward {dtype} {relu=} {bias=} {odd=}"
+                yield Spec(name, _relu_backward_kernel, arguments | constants, num_warps=NUM_WARPS)
         for dtype, block_p in itertools.product(("fp32", "fp16", "bf16"), (8, 32, 256)):
             arguments = {"partials_ptrs": ("*fp32:16",) * 3, "out_ptrs": (f"*{dtype}:16",) * 3}
             arguments |= {"odd_parts": ("i32",) * 3, "sizes": ("i32:16", "i32", "i32:16")}
@@ -355,7 +358,7 @@ def build(spec: Spec, arch: int) -> dict[str, Any]:
         return type_
 
     signature = {name: describe(spec.arguments[name], (i,)) for i, name in enumerate(spec.kernel.arg_names)}
-    options: dict[str, Any] = COMPILE_OPTIONS | {"num_warps": 4}
+    options: dict[str, Any] = COMPILE_OPTIONS | {"num_warps": spec.num_warps}
     if spec.tile is not None:
         options |= {"num_warps": spec.tile.num_warps, "num_stages": spec.tile.num_stages}
     log = io.StringIO()
@@ -363,25 +366,17 @@ def build(spec: Spec, arch: int) -> dict[str, Any]:
         source = ASTSource(spec.kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     report = log.getvalue()
-    used = re.search(r"Used (\d+) registers", report)
-    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    if not used or not stack:
+    used = resources(report, compiled.metadata)
+    if used is None:
         raise SystemExit(f"ptxas said nothing about {spec.name}:\n{report}")
     table_says = 16 * 1024 if spec.tile is None else None  # of the other forms nothing is counted on
     if isinstance(spec.tile, Tile):
         table_says = spec.tile.shared_memory(ITEMSIZE[spec.kind or ""])
-    return {
+    return used | {
         "name": spec.name,
         "kind": spec.kind,
-        "registers": int(used[1]),
-        "threads": 32 * compiled.metadata.num_warps,
-        "stack": int(stack[1]),
-        "spills": int(stack[2]) + int(stack[3]),
-        "serialised": re.findall(r"C751[0-6]", report),
-        "shared_memory": compiled.metadata.shared,
         "table_says": table_says,
         "rows": 0 if spec.tile is None else spec.tile[0],
-        "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
         "instructions": disassemble(compiled.asm["cubin"]),
     }
 

@@ -14,12 +14,9 @@ from typing import Any
 
 import pytest
 from conftest import HAS_TRITON
+from machine_code import SHARED_MEMORY, SMALLEST_SHARED_MEMORY, too_much
 
 TENSOR_CORE = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "UTCQMMA")}
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-SMALLEST_SHARED_MEMORY = 99 * 1024  # sm_86, sm_89, sm_120: nothing that a call takes chooses tiles by chip
-TENSOR_MEMORY_COLUMNS = 512
-REGISTERS = 65536  # of a multiprocessor: a program with more cannot be launched
 KERNELS = [
     "linear_forward",
     "grad_input",
@@ -44,22 +41,12 @@ def problems(build: dict[str, Any], arch: int) -> list[str]:
     wanted = ("FFMA", "FFMA2") if build["kind"] == "ieee" else TENSOR_CORE[80 if few else arch]
     if build["kind"] and not any(instructions.get(name) for name in wanted):
         found.append(f"none of {wanted} in {sorted(instructions)}")
-    if -(-build["registers"] // 8) * 8 * build["threads"] > REGISTERS:
-        found.append(f"{build['registers']} registers for each of {build['threads']} threads")
-    if build["spills"]:
-        found.append(f"{build['spills']} bytes spilled")
-    if build["serialised"]:
-        found.append(f"wgmma serialised: {build['serialised']}")
-    if build["registers"] < 64 and build["stack"] > 1024:
-        found.append(f"{build['registers']} registers and a stack of {build['stack']} bytes")
+    # Nothing that a call takes chooses tiles by chip: what is no descriptor form must fit on each.
     descriptors = build["name"].startswith("descriptors")
-    if build["shared_memory"] > (SHARED_MEMORY[arch] if descriptors else SMALLEST_SHARED_MEMORY):
-        found.append(f"{build['shared_memory']} bytes of shared memory")
+    found += too_much(build, SHARED_MEMORY[arch] if descriptors else SMALLEST_SHARED_MEMORY)
     # The launcher counts on the table for how many programs fit; the odd bytes are barriers.
     if build["table_says"] is not None and build["shared_memory"] > build["table_says"] + 1024:
         found.append(f"{build['shared_memory']} bytes of shared memory, {build['table_says']} in the table")
-    if build["tensor_memory"] > TENSOR_MEMORY_COLUMNS:
-        found.append(f"{build['tensor_memory']} columns of tensor memory")
     if sum(instructions.values()) < 50:
         found.append(f"a body of {sum(instructions.values())} instructions")
     return found
