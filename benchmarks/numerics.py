@@ -7,6 +7,7 @@ import argparse
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,8 +15,9 @@ import time
 import torch
 
 from benchmarks import cases, results, sweep
+from benchmarks.statuses import LEFT_OUT, TIME_OVER
 
-LEFT_OUT = 77  # exit status: this cannot run here, and the last line says why
+FOUND = 86  # compute-sanitizer's exit status when it has found something
 
 
 def main() -> int:
@@ -25,43 +27,51 @@ def main() -> int:
     parser.add_argument("--only", default="fusedmlp*", metavar="PATTERN", help="contestants to check")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so many")
     options = parser.parse_args()
-    return _sanitized() if options.sanitize else _check(options)
+    return _sanitized(options.minutes) if options.sanitize else _check(options)
 
 
 def _check(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = cases.dry() if options.small else cases.numerics()
     end = time.monotonic() + 60 * options.minutes
-    worst, count = (0.0, ""), 0
+    worst, count, done = (0.0, ""), 0, 0
     wrong: list[str] = []
     absent: list[str] = []
-    for i, case in enumerate(chosen):
-        if time.monotonic() > end:
-            print(f"{options.minutes:g} minutes are over: {len(chosen) - i} cases not checked")
-            break
-        measured = sweep.measure(case, device, few=True, dry_run=True, timed=False, only=options.only)
-        for row in measured["contestants"]:
-            ratio, problem = row["error_ratio"], row["problem"]
-            if row["name"] == "eager":
+    try:
+        for case in chosen:
+            if time.monotonic() > end:
+                break
+            measured = sweep.measure(case, device, few=True, dry_run=True, timed=False, only=options.only)
+            for row in measured["contestants"]:
+                ratio, problem = row["error_ratio"], row["problem"]
+                if row["name"] == "eager":
+                    if problem:
+                        absent.append(f"{case}: {problem}")
+                    continue
+                what = f"{case}: {row['name']}"
+                verdict = problem or f"right, {ratio:.2f} times PyTorch's error"
+                print(f"{what}: {verdict}", flush=True)
+                count += 1
                 if problem:
-                    absent.append(f"{case}: {problem}")
-                continue
-            what = f"{case}: {row['name']}"
-            verdict = problem or f"right, {ratio:.2f} times PyTorch's error"
-            print(f"{what}: {verdict}", flush=True)
-            count += 1
-            if problem:
-                (wrong if problem.startswith("wrong") else absent).append(f"{what}: {problem}")
-            elif ratio > worst[0]:
-                worst = ratio, what
-    largest = f"largest error {worst[0]:.2f} times PyTorch's own ({worst[1]})"
-    print(f"\n{count} checks: {len(wrong)} wrong, {len(absent)} did not run; {largest}")
+                    (wrong if problem.startswith("wrong") else absent).append(f"{what}: {problem}")
+                elif ratio > worst[0]:
+                    worst = ratio, what
+            done += 1
+    except KeyboardInterrupt:
+        print("interrupted")
+    print(f"\n{count} checks: {len(wrong)} wrong, {len(absent)} did not run")
+    print(f"largest error {worst[0]:.2f} times PyTorch's own ({worst[1] or 'nothing was right'})")
     if wrong or absent:
         print("\n".join([*wrong, *absent][:5]))
-    return 1 if wrong or absent or not count else 0
+    print(f"{done} of {len(chosen)} cases done")
+    if wrong or absent:
+        return 1
+    if done < len(chosen):
+        return TIME_OVER
+    return 0 if count else 1
 
 
-def _sanitized() -> int:
+def _sanitized(minutes: float) -> int:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not pathlib.Path(tool).exists():
         print("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
@@ -69,18 +79,40 @@ def _sanitized() -> int:
     if not torch.cuda.is_available():
         print("compute-sanitizer wants a GPU")
         return LEFT_OUT
+    check = [sys.executable, "-m", "benchmarks.numerics", "--small", "--only", "fusedmlp [cp]*"]
+    return memcheck(tool, [*check, "--minutes", f"{minutes}"])
+
+
+def memcheck(tool: str, check: list[str]) -> int:
+    """Run a command under it. What both say is passed on as it comes; then, once more, what counts."""
     # Each tensor a piece of memory of its own, so that a step past its end is seen.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    check = [sys.executable, "-m", "benchmarks.numerics", "--small", "--only", "fusedmlp [cp]*"]
-    status = 0
-    for what in ("memcheck", "racecheck"):
-        command = [tool, "--tool", what, "--error-exitcode", "86", "--print-limit", "20", *check]
-        run = subprocess.run(command, env=environment, cwd=results.ROOT, stdout=subprocess.PIPE, text=True)
-        print(run.stdout)
-        status = max(status, run.returncode)
-        lines = [line for line in run.stdout.splitlines() if "SUMMARY" in line]
-        print(f"{what}: {' '.join(lines) or f'exit status {run.returncode}'}", flush=True)
-    return status
+    command = [tool, "--tool", "memcheck", "--error-exitcode", str(FOUND), "--print-limit", "20", *check]
+    interrupts: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    with subprocess.Popen(
+        command,
+        env=environment,
+        cwd=results.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        told: list[str] = []
+        # The process has an interrupt too, and says how far it came: that is still to be read.
+        signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if line.strip().endswith(" cases done") or "SUMMARY" in line:
+                    told.append(line.strip())
+            status = process.wait()
+        finally:
+            signal.signal(signal.SIGINT, before)
+    verdict = {0: "nothing found", FOUND: "FOUND something", TIME_OVER: "nothing found so far"}
+    print(f"\nmemcheck: {verdict.get(status, f'exit status {status}')}", *told, sep="\n")
+    return TIME_OVER if interrupts and status != FOUND else status
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import argparse
 import pathlib
-import sys
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import contestants, results, timing
 from benchmarks.cases import Case, arithmetic
+from benchmarks.statuses import TIME_OVER
 
 CALLS = 10
 
@@ -17,29 +17,39 @@ CALLS = 10
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profiles", description=__doc__)
     parser.add_argument(
-        "--out", type=pathlib.Path, required=True, metavar="DIR", help="where results.json is"
+        "--out",
+        type=pathlib.Path,
+        required=True,
+        metavar="DIR",
+        help="where results.json is, and profiles.txt goes",
     )
     parser.add_argument("--cases", type=int, default=6, metavar="N", help="how many (default: %(default)s)")
     options = parser.parse_args()
     try:
         found = results.read(options.out / "results.json")
     except results.Unreadable as problem:
-        print(problem, file=sys.stderr)
+        print(f"{problem}; python -m benchmarks --quick --out {options.out} makes it")
         return 1
     far = [(_times_the_floor(case, found["ceilings"]), case) for case in found["cases"]]
     worst = sorted([(how, case) for how, case in far if how], key=lambda pair: -pair[0][0])[: options.cases]
     if not worst:
         print("no case has a time of the kernels and a measured ceiling")
         return 1
-    said = []
-    for (times, us, floor, by), case in worst:
-        what = f"{results.name_of(case)}: {us:.4g} us, {times:.1f}x the {floor:.4g} us of its {by}"
-        said.append(what)
-        print(f"\n{'=' * 80}\n{what}\n")
-        for name in ("fusedmlp chain", "eager"):
-            print(f"--- {name}\n{_kernels(case, name)}\n", flush=True)
-    print("\n".join(["", "farthest from the floor:", *said]))
-    return 0
+    said: list[str] = []
+    interrupted = False
+    with (options.out / "profiles.txt").open("w", encoding="utf-8") as file:
+        try:
+            for (times, us, floor, by), case in worst:
+                what = f"{results.name_of(case)}: {us:.4g} us, {times:.1f}x the {floor:.4g} us of its {by}"
+                for name in ("fusedmlp chain", "eager"):
+                    text = f"{'=' * 80}\n{what}\n{name}\n\n{_kernels(case, name)}\n"
+                    print(text, file=file, flush=True)
+                    print(text, flush=True)
+                said.append(what)
+        except KeyboardInterrupt:
+            interrupted = True
+    print("\n".join(["\nfarthest from the floor:", *said, f"{len(said)} of {len(worst)} cases done"]))
+    return TIME_OVER if interrupted else 0
 
 
 def _times_the_floor(

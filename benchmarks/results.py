@@ -87,6 +87,13 @@ def write(results: dict[str, Any], file: pathlib.Path) -> None:
     os.replace(unfinished, file)
 
 
+def same_or_unreadable(before: dict[str, Any], found: dict[str, Any], file: pathlib.Path) -> None:
+    """Raise Unreadable unless both were measured on the same, so that one can go on where the other ended."""
+    for what in ("device", "versions", "commit", "dry_run"):
+        if before.get(what) != found[what]:
+            raise Unreadable(f"{file} has results of another {what}: {before.get(what)}")
+
+
 def read(file: pathlib.Path) -> dict[str, Any]:
     """Raises Unreadable with the reason, in which the file is named."""
     try:

@@ -1,274 +1,349 @@
-"""``python -m benchmarks gpu-session``: all that a rented card is worth, in order of value.
+"""``python -m benchmarks gpu-session``: what a rented card is worth, within the minutes that it is lent.
 
-Each part is a process of its own with a limit of its own: what fails or takes too long is told of, and the
-next one goes on. To add a part, append it to PARTS.
+Each part is a process of its own with a time limit of its own: what fails or takes too long is told of, and
+the next one goes on. parts.py lists the parts.
 """
 
 import argparse
 import collections
 import contextlib
 import datetime
-import importlib.util
 import os
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import textwrap
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import IO, Any, NamedTuple
 
 import torch
 
+import benchmarks
 from benchmarks import report, results
-from benchmarks.numerics import LEFT_OUT
-from benchmarks.sweep import AGAIN
+from benchmarks.bounded_log import BoundedLog
+from benchmarks.parts import FIRST, NAMES, PARTS, SECOND, THIRD, Part, Setting
+from benchmarks.statuses import AGAIN, LEFT_OUT, TIME_OVER
 
 GRACE = 20  # seconds from the interrupt, upon which a part writes what it has, to the end of it
-
-
-class Setting(NamedTuple):
-    """What a part's command is made of: where its files go, and how many minutes it has."""
-
-    out: pathlib.Path
-    minutes: float
-    dry_run: bool
-
-    @property
-    def dry(self) -> list[str]:
-        return ["--dry-run"] if self.dry_run else []
-
-    @property
-    def within(self) -> list[str]:
-        """It begins nothing new near the end of its time."""
-        return ["--minutes", f"{0.9 * self.minutes:.2f}"]
-
-
-class Part(NamedTuple):
-    """share: of the time, by those of the parts that are still to come, so what one leaves the others have;
-    lines: of the last paragraph that it prints, how many lines at most go to the summary. A part exits with
-    LEFT_OUT if it cannot run here, for the reason in its last line, and with AGAIN to be started again."""
-
-    name: str
-    share: float
-    command: Callable[[Setting], list[str]]
-    lines: int = 1
-
-
-def _python(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", *arguments]
-
-
-def _kernels_tests(s: Setting) -> list[str]:
-    files = ("tests/test_kernels.py", "tests/test_mlp.py", "tests/test_autograd.py")
-    chosen = ("tests/test_kernels.py", "-k", "rounds_once") if s.dry_run else files
-    return _python("pytest", "-q", "-m", "gpu or kernels", *chosen)
-
-
-def _all_tests(s: Setting) -> list[str]:
-    # CI has just run them when it comes to a dry run.
-    how = ["--collect-only"] if s.dry_run else ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    return _python("pytest", "-q", "-m", "gpu or kernels", *how)
-
-
-def _numerics(s: Setting) -> list[str]:
-    return _python("benchmarks.numerics", *s.within, *(["--small"] if s.dry_run else []))
-
-
-def _sanitizer(s: Setting) -> list[str]:
-    return _python("benchmarks.numerics", "--sanitize")
-
-
-def _tuning(s: Setting) -> list[str]:
-    return _python("benchmarks.tuned", "--out", str(s.out), *s.within, *s.dry)
-
-
-def _benchmarks(s: Setting) -> list[str]:
-    return _python("benchmarks", "run", "--no-report", "--out", str(s.out), *s.within, *s.dry)
-
-
-def _report(s: Setting) -> list[str]:
-    return _python("benchmarks", "report", str(s.out / "results.json"), "--out", str(s.out / "report"))
-
-
-def _profiles(s: Setting) -> list[str]:
-    return _python("benchmarks.profiles", "--out", str(s.out), "--cases", "1" if s.dry_run else "6")
-
-
-def _steps(s: Setting) -> list[str]:
-    return _python("benchmarks.step_kernels", "--output", str(s.out / "steps.json"), *s.dry)
-
-
-def _mnist(s: Setting, *arguments: str) -> list[str]:
-    return [sys.executable, "examples/train_mnist.py", *arguments]
-
-
-def _ladder(s: Setting) -> list[str]:
-    size = ["--batch-size", "512", "--epochs", "1" if s.dry_run else "5"]
-    return _mnist(s, "--ladder", *size, "--log", str(s.out / "mnist-ladder.json"))
-
-
-def _race(s: Setting) -> list[str]:
-    # The median of three: of ten seeds the worst was at 98.06 %, and other processors round otherwise.
-    return _mnist(s, "--race", "--seeds", "3" if s.dry_run else "10", "--log", str(s.out / "mnist-race.json"))
-
-
-PARTS = (
-    Part("the kernels' tests", 2, _kernels_tests),
-    Part("all tests that a GPU can run", 3, _all_tests),
-    Part("numerics at real sizes against float64", 2, _numerics, lines=2),
-    Part("compute-sanitizer", 2, _sanitizer, lines=2),
-    Part("the training step: launches, graphs, the persistent form", 2, _steps, lines=8),
-    Part("MNIST, the ladder", 2, _ladder, lines=20),
-    Part("MNIST, the race to 98 %", 1, _race, lines=6),
-    Part("tuning", 5, _tuning),
-    Part("benchmarks", 8, _benchmarks, lines=5),
-    Part("tables and plots, in report/", 1, _report, lines=0),
-    Part("profiles of what is farthest from the floor", 2, _profiles, lines=7),
-)
+FINISH = 5  # seconds at the end for what is left to read and for the summary
+OVER = (TIME_OVER, AGAIN)  # in these a part ends whose time was over
+LOG_BYTES = 12 * 2**20
+ERROR_LINES = 6  # of what a part that failed has written to standard error, the last go to the summary
+# What a part can go on from, or what a later command's summary and report are made of.
+KEPT = ("results.json", "steps.json", "mnist-ladder.json", "mnist-race.json", "tuned_*.json")
 
 
 def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "gpu-session",
-        help="everything that a rented card is worth",
-        description="Tests, numerics, compute-sanitizer, training steps, MNIST, tuning, benchmarks and "
-        "profiles, in order of value. A part that fails or takes too long loses nothing before it and stops "
-        "nothing after it. To be brought back from DIR: summary.md, log.txt and all *.json, of which "
-        "tuned_*.json is a table for kernels/; report/ comes from results.json. With the DIR of an "
-        "interrupted session tuning and benchmarks go on from there.",
-        epilog="example: python -m benchmarks gpu-session --out session --minutes 28",
+        help="what a rented card is worth",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="""\
+Tests, numerics, compute-sanitizer, training steps, MNIST, tuning, benchmarks and
+profiles on a card that is lent for minutes. A part that fails or takes too long
+loses nothing before it and stops nothing after it, and each result is written as
+soon as it is there. At most 8 files come out, each below 16 MiB and none in a
+folder of its own: summary.md, log.txt, steps.json, mnist-ladder.json,
+mnist-race.json, results.json, profiles.txt, and tuned_*.json, a table for
+kernels/.""",
+        epilog=f"""\
+three commands, of less than ten minutes each, do everything:
+  python -m benchmarks gpu-session --minutes 9
+  python -m benchmarks gpu-session --minutes 9 --resume gpu-session \\
+      --parts {",".join(SECOND)}
+  python -m benchmarks gpu-session --minutes 9 --resume gpu-session \\
+      --parts {",".join(THIRD)}
+
+--list says what each part does. What was compiled is kept for the next command,
+in ~/.cache/fusedmlp/gpu-session or the same folder of XDG_CACHE_HOME.
+Exit status: 0 if every part was done or left out, 1 if not, 2 if nothing was
+begun, 130 after an interrupt.""",
     )
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=30.0, metavar="N", help="default: %(default)g")
     parser.add_argument(
-        "--dry-run", action="store_true", help="every part on the CPU, tiny, in Triton's interpreter"
+        "--parts",
+        type=_names,
+        default=FIRST,
+        metavar="NAME,...",
+        help=f"what to do, in the order of --list (default: {','.join(FIRST)})",
+    )
+    parser.add_argument("--list", action="store_true", help="say what each part does, and do nothing")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("gpu-session"),
+        metavar="DIR",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--resume",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="go on from the results and the table of an earlier command: they are copied from its --out",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, metavar="N", help="all is over by then (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="the parts on the CPU, tiny, in Triton's interpreter"
     )
     parser.set_defaults(run=run)
 
 
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = [name for name in names if name not in NAMES]
+    if unknown or not names:
+        said = f"there is no part {', '.join(unknown)}" if unknown else "no part is named"
+        raise argparse.ArgumentTypeError(f"{said}; there are {', '.join(NAMES)}")
+    return names
+
+
 def run(options: argparse.Namespace) -> int:
+    if options.list:
+        print("\n".join(_list()))
+        return 0
+    problem = _why_not(options)
+    if problem is not None:
+        print(problem, file=sys.stderr)
+        return 2
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    cache = _cache(options.dry_run)
+    for line in _take_up(options.resume, out, cache, options.dry_run):
+        print(line)
+    chosen = [part for part in PARTS if part.name in options.parts]
+    return go(chosen, out, cache, benchmarks.BEGAN + 60 * options.minutes, options.dry_run)
+
+
+def _list() -> list[str]:
+    lines = [f"{'part':<10} {'seconds':>7}  what it does"]
+    lines += [f"{part.name:<10} {part.seconds:>7g}  {part.what}" for part in PARTS]
+    return [
+        *lines,
+        "",
+        "The seconds are estimates for an H100; in their proportion the parts share the time that there is.",
+        "Parts run in this order. Without --parts: " + ", ".join(FIRST) + ".",
+    ]
+
+
+def _why_not(options: argparse.Namespace) -> str | None:
+    """Why nothing is begun, and nothing written."""
     if not options.minutes > 0:
-        print(f"--minutes must be positive, got {options.minutes:g}", file=sys.stderr)
-        return 2
+        return f"--minutes must be positive, got {options.minutes:g}"
     if not results.has_triton():
-        print("Triton is not installed, so there are no kernels to try: pip install triton", file=sys.stderr)
-        return 2
+        return "Triton is not installed, so there are no kernels to try: pip install triton"
     if not options.dry_run and not torch.cuda.is_available():
-        print("there is no CUDA device; --dry-run exercises every part on the CPU", file=sys.stderr)
-        return 2
-    return go(PARTS, options.out, options.minutes, options.dry_run)
+        return "there is no CUDA device; --dry-run exercises the parts on the CPU"
+    if options.resume is not None and not options.resume.is_dir():
+        return f"--resume: there is no folder {options.resume}"
+    if options.resume is not None and not _kept(options.resume):
+        return f"--resume: {options.resume} has none of {', '.join(KEPT)}"
+    if "quick" in options.parts:
+        try:
+            _fitting(options.out / "results.json", options.dry_run)
+        except results.Unreadable as problem:
+            return f"{problem}. Choose another --out, or move it away"
+    return None
+
+
+def _kept(folder: pathlib.Path) -> list[pathlib.Path]:
+    return [file for pattern in KEPT for file in sorted(folder.glob(pattern))]
+
+
+def _fitting(file: pathlib.Path, dry_run: bool) -> None:
+    """Raise Unreadable unless the part that measures can go on from this file, or there is none."""
+    if file.exists():
+        before, found = results.read(file), results.about(_device(dry_run), dry_run)
+        if dry_run:  # of which the parts have one thread
+            before["device"], found["device"] = before["device"]["name"], found["device"]["name"]
+        results.same_or_unreadable(before, found, file)
+
+
+def _device(dry_run: bool) -> torch.device:
+    return torch.device("cpu" if dry_run else "cuda")
+
+
+def _cache(dry_run: bool) -> pathlib.Path:
+    """A folder of the user's own, for what is compiled and for a table of measurements that is the session's.
+
+    It outlives the command, so that the next one on the same machine compiles nothing anew.
+    """
+    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache").resolve()
+    cache = caches / "fusedmlp" / "gpu-session" / ("dry-run" if dry_run else "")
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return cache
+
+
+def _take_up(resume: pathlib.Path | None, out: pathlib.Path, cache: pathlib.Path, dry_run: bool) -> list[str]:
+    """Copy what there is to go on from to where the parts look for it; what was done, in words."""
+    from fusedmlp.kernels import _table  # imports Triton
+
+    here = _table.where(None if dry_run else torch.cuda.current_device())
+    table = cache / "fusedmlp" / _table.users_file(here).name
+    if resume is None:
+        table.unlink(missing_ok=True)  # of the last time, perhaps of other kernels
+        return []
+    said = []
+    for file in _kept(resume):
+        if (out / file.name).exists():
+            continue
+        if file.name == "results.json":
+            try:
+                _fitting(file, dry_run)
+            except results.Unreadable as problem:
+                said.append(f"not taken: {problem}")
+                continue
+        shutil.copyfile(file, out / file.name)
+        said.append(f"taken from {resume}: {file.name}")
+    shipped = out / _table.shipped_file(here).name
+    if not table.exists() and _table.read(shipped, here, exact=True) is not None:
+        table.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(shipped, table)
+    return said
 
 
 class Outcome(NamedTuple):
-    name: str
+    part: Part
     verdict: str
     good: bool
     seconds: float
     said: list[str]
 
 
-def go(parts: Sequence[Part], out: pathlib.Path, minutes: float, dry_run: bool) -> int:
-    """Run the parts; 0 if all did what they should, 130 after an interrupt, else 1."""
-    out = out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    cache = tempfile.mkdtemp(prefix="fusedmlp-session-")  # no table but this session's
-    environment = os.environ | {"XDG_CACHE_HOME": cache}
-    if dry_run:
-        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    end = time.monotonic() + 60 * minutes
+def go(parts: Sequence[Part], out: pathlib.Path, cache: pathlib.Path, end: float, dry_run: bool) -> int:
+    """Run the parts, and be done at ``end`` of time.monotonic().
+
+    0 if all did what they should, 130 after an interrupt, else 1.
+    """
+    summary = out / "summary.md"
+    before = summary.read_text(encoding="utf-8") + "\n" if summary.exists() else ""
     head = _head(dry_run)
+    environment = _environment(cache, dry_run)
     outcomes: list[Outcome] = []
     interrupted = False
-    with (out / "log.txt").open("a", encoding="utf-8") as log:
+    with BoundedLog(out / "log.txt", LOG_BYTES) as log:
         try:
             for i, part in enumerate(parts):
-                left = end - time.monotonic()
-                limit = left * part.share / sum(later.share for later in parts[i:])
-                if left < 1:
-                    outcomes.append(Outcome(part.name, "no time was left", False, 0.0, []))
+                left = end - GRACE - FINISH - time.monotonic()
+                limit = left * part.seconds / sum(later.seconds for later in parts[i:])
+                log.begin_section(len(parts) - i)
+                if limit < 1:
+                    outcomes.append(Outcome(part, "no time was left", False, 0.0, []))
                 else:
-                    print(f"{i + 1} of {len(parts)}: {part.name}, {_time(limit)} at most", flush=True)
-                    setting = Setting(out, limit / 60, dry_run)
-                    outcomes.append(_run(part, setting, environment, log))
-                    last = outcomes[-1]
-                    print(f"    {last.verdict}, {_time(last.seconds)}", flush=True)
-                _write(out / "summary.md", [*head, *_page(outcomes)])
+                    print(
+                        f"{i + 1} of {len(parts)}: {part.name}, {_time(limit)} at most: {part.what}",
+                        flush=True,
+                    )
+                    outcomes.append(_run(part, Setting(out, limit / 60, dry_run), environment, log))
+                    print(f"    {outcomes[-1].verdict}, {_time(outcomes[-1].seconds)}", flush=True)
+                _write(summary, before + _page(head, outcomes, out))
         except KeyboardInterrupt:
             interrupted = True
-            outcomes += [
-                Outcome(part.name, "interrupted", False, 0.0, []) for part in parts[len(outcomes) :][:1]
-            ]
-            outcomes += [Outcome(part.name, "not begun", False, 0.0, []) for part in parts[len(outcomes) :]]
-        finally:
-            shutil.rmtree(cache, ignore_errors=True)
-    page = [*head, *_page(outcomes)]
-    _write(out / "summary.md", page)
-    print("\n" + "\n".join(page))
+            for part in parts[len(outcomes) :]:
+                verdict = "not begun" if outcomes and outcomes[-1].verdict == "interrupted" else "interrupted"
+                outcomes.append(Outcome(part, verdict, False, 0.0, []))
+    page = _page(head, outcomes, out)
+    _write(summary, before + page)
+    print(f"\n{page}", end="")
     return 130 if interrupted else 0 if all(outcome.good for outcome in outcomes) else 1
 
 
-def _run(part: Part, setting: Setting, environment: dict[str, str], log: IO[str]) -> Outcome:
+def _environment(cache: pathlib.Path, dry_run: bool) -> dict[str, str]:
+    """What the parts' processes have: the checkout's packages without an install, and the session's cache."""
+    path = os.environ.get("PYTHONPATH")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(results.ROOT), *([path] if path else [])]),
+        "XDG_CACHE_HOME": str(cache),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "COLUMNS": "80",
+        "TQDM_MININTERVAL": "60",  # the log is no terminal
+        "PYTHONFAULTHANDLER": "1",  # where a crash happened
+    }
+    if dry_run:
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return environment
+
+
+def _run(part: Part, setting: Setting, environment: dict[str, str], log: BoundedLog) -> Outcome:
     """One part, its output into the log as it comes."""
     began = time.monotonic()
     said: collections.deque[str] = collections.deque(maxlen=part.lines)
+    errors: collections.deque[str] = collections.deque(maxlen=ERROR_LINES)
     while True:
         left = 60 * setting.minutes - (time.monotonic() - began)
         command = part.command(setting._replace(minutes=left / 60))
-        log.write(f"\n{'#' * 80}\n# {part.name}\n# {' '.join(command)}\n\n")
-        log.flush()
-        status = _output(command, left, environment, log, said)
+        log.write(f"\n{'#' * 80}\n# {part.name}: {part.what}\n# {' '.join(command)}\n\n")
+        status = _output(command, left, environment, log, said, errors)
         if status != AGAIN or time.monotonic() - began > 60 * setting.minutes:
             break
-    seconds = time.monotonic() - began
-    if status is None:
-        verdict = f"stopped after {_time(seconds)}, its time was over"
-    elif status == LEFT_OUT:
-        verdict = "left out"
-    elif status < 0:
-        verdict = f"CRASHED by signal {-status} ({signal.Signals(-status).name})"
-    else:
-        verdict = "done" if status == 0 else f"FAILED with exit status {status}"
+    verdict = _verdict(status, said)
     log.write(f"\n# {part.name}: {verdict}\n")
-    log.flush()
-    return Outcome(part.name, verdict, status in (0, LEFT_OUT), seconds, list(said))
+    good = status in (0, LEFT_OUT)
+    lines = [*said] if good or status in OVER else [*said, *errors]
+    return Outcome(part, verdict, good, time.monotonic() - began, lines)
+
+
+def _verdict(status: int, said: Iterable[str]) -> str:
+    if status in OVER:
+        counts = [line.strip() for line in said if line.endswith(" done")]
+        return ": ".join(["time was over", *counts[-1:]])
+    if status == LEFT_OUT:
+        return "left out"
+    if status < 0:
+        return f"CRASHED by signal {-status} ({signal.Signals(-status).name})"
+    return "done" if status == 0 else f"FAILED with exit status {status}"
 
 
 def _output(
     command: list[str],
     seconds: float,
     environment: dict[str, str],
-    log: IO[str],
+    log: BoundedLog,
     said: collections.deque[str],
-) -> int | None:
-    """Run it, in a group of processes of its own; its exit status, or None if its time was over."""
+    errors: collections.deque[str],
+) -> int:
+    """Run it, in a group of processes of its own; its exit status, or TIME_OVER if it had to be stopped.
+
+    said: the end of the last paragraph of its standard output; errors: of its standard error.
+    """
     process = subprocess.Popen(
         command, cwd=results.ROOT, env=environment, text=True, errors="replace", start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
-    def read() -> None:
-        assert process.stdout is not None
-        paragraph = True
-        for line in process.stdout:
+    def read(stream: IO[str], hear: Callable[[str], None]) -> None:
+        for line in stream:
             log.write(line)
-            log.flush()
-            if line.strip():
-                if paragraph:
-                    said.clear()
-                said.append(line.rstrip())
-            paragraph = not line.strip()
+            hear(line)
 
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
+    paragraph = True
+
+    def hear(line: str) -> None:
+        nonlocal paragraph
+        if line.strip():
+            if paragraph:
+                said.clear()
+            said.append(line.rstrip())
+        paragraph = not line.strip()
+
+    def hear_error(line: str) -> None:
+        if line.strip():
+            errors.append(line.rstrip())
+
+    assert process.stdout is not None
+    assert process.stderr is not None
+    streams = ((process.stdout, hear), (process.stderr, hear_error))
+    readers = [threading.Thread(target=read, args=pair, daemon=True) for pair in streams]
+    for reader in readers:
+        reader.start()
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        return None
+        return TIME_OVER
     finally:  # also after an interrupt
         if process.poll() is None:
             _signal(process, signal.SIGINT)
@@ -276,7 +351,8 @@ def _output(
                 process.wait(GRACE)
         _signal(process, signal.SIGKILL)  # and whatever it has started
         process.wait()
-        reader.join(10)
+        for reader in readers:
+            reader.join(FINISH / 3)
 
 
 def _signal(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
@@ -285,32 +361,37 @@ def _signal(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
 
 
 def _head(dry_run: bool) -> list[str]:
-    found = results.about(
-        torch.device("cuda" if torch.cuda.is_available() and not dry_run else "cpu"), dry_run
-    )
+    found = results.about(_device(dry_run), dry_run)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes")
     return [
-        f"# Session on {found['device']['name']}",
+        f"# gpu-session on {found['device']['name']}",
         "",
         *([f"**{report.DRY}**", ""] if dry_run else []),
         f"- {report.where(found)}",
         f"- fusedmlp {found['versions']['fusedmlp']}, commit {found['commit'] or 'unknown'}, {now}",
-        "",
+        f"- `{found['command']}`",
     ]
 
 
-def _page(outcomes: Sequence[Outcome]) -> list[str]:
-    lines = []
-    for i, outcome in enumerate(outcomes, 1):
-        lines.append(f"{i}. {outcome.name}: **{outcome.verdict}**, {_time(outcome.seconds)}")
-        for line in outcome.said:
-            lines += textwrap.wrap(line, 80, initial_indent="   ", subsequent_indent="     ")
-    return lines
+def _page(head: Sequence[str], outcomes: Sequence[Outcome], out: pathlib.Path) -> str:
+    """A part's last lines are indented by four, which Markdown shows as they are."""
+    lines = list(head)
+    for outcome in outcomes:
+        part = outcome.part
+        lines += ["", f"## {part.name}: {outcome.verdict}, {_time(outcome.seconds)}", "", f"{part.what}"]
+        if outcome.said:
+            lines += ["", *("    " + line[:200] for line in outcome.said)]
+    if (out / "results.json").exists():
+        file = out / "results.json"
+        lines += ["", f"Tables and plots: `python -m benchmarks report {file} --out report`"]
+    return "\n".join(lines) + "\n"
 
 
 def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
-def _write(file: pathlib.Path, lines: Sequence[str]) -> None:
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def _write(file: pathlib.Path, text: str) -> None:
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, file)

@@ -18,16 +18,19 @@ Before a form is timed its losses are compared with PyTorch's in float64; one th
 
 import argparse
 import copy
-import datetime
 import json
 import os
 import pathlib
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from benchmarks import results
+from benchmarks.statuses import TIME_OVER
+from fusedmlp import _cuda_graph
 
 KINDS = ("ieee", "tf32", "float16", "bfloat16")
 # How far a loss may be from float64's, relatively, after an epoch of at most LEAST_STEPS.
@@ -140,13 +143,9 @@ class Epoch:
 def graph_of(run: Callable[[], None]) -> Callable[[], None]:
     """``run`` captured, after once as it is, which compiles kernels and makes the optimizer's state."""
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with _cuda_graph.beside(stream):
         run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph, _ = _cuda_graph.capture(run, stream.device)
     return graph.replay
 
 
@@ -173,10 +172,10 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """A result for each form, all timed in turns, of an epoch and so of its steps."""
     right = epoch.exact()
-    results: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     runs: dict[str, Callable[[], None]] = {}
     for name, make in forms_of(epoch, wanted).items():
-        result = results[name] = {"what": what, "form": name, "arithmetic": epoch.kind, "batch": epoch.batch}
+        result = found[name] = {"what": what, "form": name, "arithmetic": epoch.kind, "batch": epoch.batch}
         result |= {"rows": len(epoch.order), "steps": epoch.steps}
         try:
             run = make()
@@ -192,7 +191,7 @@ def measure(
         elif not dry:
             runs[name] = run
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(repeats + 3):
+    for i in range(repeats + 3):  # three rounds warm up
         for name, run in runs.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
@@ -204,54 +203,87 @@ def measure(
                 times[name].append(1e3 * begin.elapsed_time(end))
     for name, samples in times.items():
         us = statistics.median(samples)
-        results[name] |= {"epoch_us": us, "step_us": us / epoch.steps, "least_epoch_us": min(samples)}
-    yield from results.values()
+        found[name] |= {"epoch_us": us, "step_us": us / epoch.steps, "least_epoch_us": min(samples)}
+    yield from found.values()
 
 
-def step_ladder(dry: bool = False, repeats: int = 20) -> Iterator[dict[str, Any]]:
+ALL_FORMS = (
+    "torch",
+    "torch, graph",
+    "two launches",
+    "two launches, graph",
+    "overlapping, graph",
+    "persistent",
+)
+
+
+class Setting(NamedTuple):
+    """What several forms are timed at, in turns; rows: of the data, so of an epoch."""
+
+    what: str
+    kind: str
+    batch: int
+    rows: int
+    forms: tuple[str, ...]
+
+    def epoch(self, dry: bool) -> Epoch:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if self.kind == "tf32" else "ieee"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        widths = (32, 32, 16, 10) if dry else (784, 256, 128, 10)
+        return Epoch(widths, self.rows, self.batch, self.kind, device)
+
+    def has(self, row: dict[str, Any]) -> bool:
+        return (row["what"], row["arithmetic"], row["batch"]) == (self.what, self.kind, self.batch)
+
+
+def step_ladder(batch: int, kind: str) -> Setting:
     """Every form at several batch sizes, in every arithmetic, on 50 steps."""
-    forms = (
-        "torch",
-        "torch, graph",
-        "two launches",
-        "two launches, graph",
-        "overlapping, graph",
-        "persistent",
-    )
-    for kind, batch in [
-        (kind, batch) for kind in KINDS for batch in ((24,) if dry else (128, 512, 1024, 4096))
-    ]:
-        yield from measure("step ladder", small_or_mnist(dry, 50 * batch, batch, kind), forms, repeats, dry)
+    return Setting("step ladder", kind, batch, 50 * batch, ALL_FORMS)
 
 
-def epochs(dry: bool = False, repeats: int = 20) -> Iterator[dict[str, Any]]:
+def epochs(batch: int, kind: str) -> Setting:
     """60,000 rows in graphs, at batch 512 and 4096, with a short last batch."""
-    forms = ("torch, graph", "two launches, graph") + (("two launches",) if dry else ())
-    for kind, batch in [(kind, batch) for kind in KINDS for batch in ((24,) if dry else (512, 4096))]:
-        yield from measure("epoch", small_or_mnist(dry, 60_000, batch, kind), forms, repeats, dry)
+    return Setting("epoch", kind, batch, 60_000, ("torch, graph", "two launches, graph"))
 
 
-def persistent_against_replay(dry: bool = False, repeats: int = 20) -> Iterator[dict[str, Any]]:
+def persistent_against_replay(batch: int, kind: str) -> Setting:
     """Whether one cooperative launch is more than 20 % faster than a graph's replay."""
-    forms = ("two launches, graph", "overlapping, graph", "persistent")
-    for kind, batch in [(kind, batch) for kind in KINDS for batch in ((24,) if dry else (128, 512, 2048))]:
-        yield from measure("persistent", small_or_mnist(dry, 60_000, batch, kind), forms, repeats, dry)
+    return Setting(
+        "persistent", kind, batch, 60_000, ("two launches, graph", "overlapping, graph", "persistent")
+    )
 
 
-def small_or_mnist(dry: bool, rows: int, batch: int, kind: str) -> Epoch:
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Epoch((32, 32, 16, 10) if dry else (784, 256, 128, 10), 60 if dry else rows, batch, kind, device)
+PARTS = {  # what is worth most comes first, for the time may be over before the end
+    "epoch": (epochs, (512, 4096)),
+    "ladder": (step_ladder, (128, 512, 1024, 4096)),
+    "persistent": (persistent_against_replay, (128, 512, 2048)),
+}
 
 
-PARTS = {"ladder": step_ladder, "epoch": epochs, "persistent": persistent_against_replay}
+def settings(parts: list[str], dry: bool) -> list[Setting]:
+    found = [
+        make(batch, kind)
+        for make, batches in (PARTS[part] for part in parts)
+        for kind in KINDS
+        for batch in ((24,) if dry else batches)
+    ]
+    if dry:  # graphs want a GPU, so that of an epoch's forms none would be left
+        found = [
+            s._replace(rows=60, forms=(*s.forms, *(("two launches",) * (s.what == "epoch")))) for s in found
+        ]
+    return found
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, once, without times")
-    parser.add_argument("--output", type=pathlib.Path, help="a JSON file for the results")
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        help="a JSON file for the results, written as they come; what it holds of this device, these "
+        "versions and this commit is not measured again",
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"{', '.join(sorted(unknown))}: there are the parts {', '.join(PARTS)}")
@@ -260,27 +292,99 @@ def main() -> None:
         if not dry:
             sys.exit("this times kernels on a CUDA device, and there is none; --dry-run needs none")
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
-    import triton
+    chosen = settings(arguments.parts or list(PARTS), dry)
+    found = about(dry)
+    rows = found["results"] = kept(arguments.output, found)
+    count = 0
+    try:
+        for setting in chosen:
+            if done(setting, rows):
+                count += 1
+                continue
+            fresh = list(measure(setting.what, setting.epoch(dry), setting.forms, 0 if dry else 20, dry))
+            rows[:] = [row for row in rows if not setting.has(row)] + fresh
+            if fresh and arguments.output is not None:
+                results.write(found, arguments.output)
+            for row in fresh:
+                heading = f"{row['what']}, {row['arithmetic']}, batch {row['batch']}"
+                print(f"{heading:35} {row['form']:20} {outcome(row)}", flush=True)
+            count += 1
+    except KeyboardInterrupt:
+        print("interrupted")
+    print("\n" + "\n".join(table(rows)))
+    problems = [row for row in rows if "problem" in row]
+    print(f"{len(rows)} rows, {len(problems)} with a problem")
+    for row in problems[:5]:
+        print(f"{row['what']}, {row['arithmetic']}, batch {row['batch']}, {row['form']}: {row['problem']}")
+    print(f"{count} of {len(chosen)} settings done")
+    if problems:
+        return 1
+    return TIME_OVER if count < len(chosen) else 0
 
-    results = []
-    for part in arguments.parts or PARTS:
-        for result in PARTS[part](dry):
-            results.append(result)
-            outcome = result.get("problem") or (
-                "right" if dry else f"{result['step_us']:8.2f} us a step, {result['epoch_us'] / 1e3:8.3f} ms"
-            )
-            heading = f"{result['what']}, {result['arithmetic']}, batch {result['batch']}"
-            print(f"{heading:35} {result['form']:20} {outcome}", flush=True)
-    if arguments.output is not None:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "Triton's interpreter"
-        about = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "dry_run": dry}
-        about["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        arguments.output.write_text(
-            json.dumps(about | {"results": results}, indent=1) + "\n", encoding="utf-8"
-        )
-    if any("problem" in result for result in results):
-        sys.exit(1)
+
+def about(dry: bool) -> dict[str, Any]:
+    """What is measured on, and with."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    everything = results.about(device, dry)
+    names = ("format", "date", "commit", "dry_run", "device", "versions")
+    return {name: everything[name] for name in names} | {"results": []}
+
+
+def kept(file: pathlib.Path | None, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that an earlier command has measured on the same; found then has the date of that."""
+    if file is None or not file.exists():
+        return []
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        results.same_or_unreadable(before, found, file)
+        rows: list[dict[str, Any]] = before["results"]
+    except (ValueError, KeyError, AttributeError) as problem:
+        print(f"measured anew, because {problem}")
+        return []
+    print(f"{file} has {len(rows)} rows already, measured from {before['date']} on")
+    found["date"] = before["date"]
+    return rows
+
+
+def done(setting: Setting, rows: list[dict[str, Any]]) -> bool:
+    """Whether this was measured; what had a problem is tried again."""
+    mine = [row for row in rows if setting.has(row)]
+    return bool(mine) and not any("problem" in row for row in mine)
+
+
+def outcome(row: dict[str, Any]) -> str:
+    if "problem" in row:
+        return str(row["problem"])
+    if "step_us" not in row:
+        return "right"
+    return f"{row['step_us']:8.2f} us a step, {row['epoch_us'] / 1e3:8.3f} ms"
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Microseconds a step: a line for each setting, a column for each form."""
+    columns = {
+        "torch": "torch",
+        "torch, graph": "+graph",
+        "two launches": "two",
+        "two launches, graph": "+graph",
+    }
+    columns |= {"overlapping, graph": "overlap", "persistent": "persist"}
+    lines = [f"{'us a step':<27}" + "".join(f"{short:>9}" for short in columns.values())]
+    for what, kind, batch in dict.fromkeys((row["what"], row["arithmetic"], row["batch"]) for row in rows):
+        cells = dict.fromkeys(columns, "-")
+        for row in rows:
+            if (row["what"], row["arithmetic"], row["batch"]) == (what, kind, batch):
+                cells[row["form"]] = (
+                    "problem"
+                    if "problem" in row
+                    else f"{row['step_us']:.2f}"
+                    if "step_us" in row
+                    else "right"
+                )
+        name = f"{what.removeprefix('step ')} {kind} {batch}"
+        lines.append(f"{name:<27}" + "".join(f"{cell:>9}" for cell in cells.values()))
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

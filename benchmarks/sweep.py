@@ -17,8 +17,7 @@ from tqdm import tqdm
 import fusedmlp
 from benchmarks import cases, contestants, report, results, timing
 from benchmarks.cases import Case
-
-AGAIN = 75  # exit status: start the same command again, and it goes on
+from benchmarks.statuses import AGAIN, TIME_OVER
 
 
 def add_parser(subparsers: Any) -> None:
@@ -109,7 +108,9 @@ def run(options: argparse.Namespace) -> int:
     if found["cases"]:
         for path in [] if options.no_report else report.write(found, folder):
             print(f"wrote {path}")
-        print("\n".join(["", *report.headline(found)]))
+        done = {results.name_of(case) for case in found["cases"]}
+        count = f"{sum(str(case) in done for case in chosen)} of {len(chosen)} cases done"
+        print("\n".join(["", *report.headline(found), count]))
     return status
 
 
@@ -118,9 +119,7 @@ def _keep(found: dict[str, Any], file: pathlib.Path) -> None:
     if not file.exists():
         return
     before = results.read(file)
-    for what in ("device", "versions", "commit", "dry_run"):
-        if before.get(what) != found[what]:
-            raise results.Unreadable(f"{file} has results of another {what}: {before.get(what)}")
+    results.same_or_unreadable(before, found, file)
     found["cases"], found["ceilings"] = before["cases"], before["ceilings"]
     print(f"{file} has {len(found['cases'])} cases already, measured from {before['date']} on")
     found["date"] = before["date"]
@@ -138,7 +137,7 @@ def _measure_all(
         for case in progress:
             if time.monotonic() - began > 60 * minutes:
                 print(f"{minutes:g} minutes are over: stopped before {case}", file=sys.stderr)
-                break
+                return TIME_OVER
             progress.set_description(str(case))
             measured = measure(case, device, options.quick, options.dry_run)
             found["cases"].append(measured)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import DTYPES, arithmetic
+from fusedmlp import _cuda_graph
 
 Run = Callable[[int], Any]  # of the i-th of the rotated inputs
 
@@ -65,9 +66,8 @@ def on_the_device(runs: dict[str, Run], rounds: int, calls: int) -> dict[str, di
     """Microseconds a call of each, replayed from a CUDA graph, in turns; or why it could not be captured."""
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     found: dict[str, dict[str, float | int] | str] = {}
-    pool = torch.cuda.graph_pool_handle()  # one for all: nothing that they compute is looked at later
     for name, run in runs.items():
-        graph = _captured(run, calls, pool)
+        graph = _captured(run, calls)
         if isinstance(graph, str):
             found[name] = graph
         else:
@@ -84,14 +84,19 @@ def on_the_device(runs: dict[str, Run], rounds: int, calls: int) -> dict[str, di
     return found | {name: spread(several[1:]) for name, several in times.items()}
 
 
-def _captured(run: Run, calls: int, pool: Any) -> torch.cuda.CUDAGraph | str:
-    graph = torch.cuda.CUDAGraph()
+def _captured(run: Run, calls: int) -> torch.cuda.CUDAGraph | str:
+    """A graph of several calls, or why there is none; a capture that fails harms none that comes later."""
+
+    def several() -> None:  # no call's results are kept, so the graph needs the memory of one
+        for i in range(calls):
+            run(i)
+
     try:
         warm_up_on_a_side_stream(run)
-        with torch.cuda.graph(graph, pool=pool):
-            for i in range(calls):
-                run(i)
-    except Exception as error:  # whatever a contestant does that a graph cannot
+        graph, _ = _cuda_graph.capture(several, torch.device("cuda", torch.cuda.current_device()))
+    except _cuda_graph.CaptureFailed as failure:
+        return str(failure)
+    except Exception as error:  # whatever a contestant does on another stream
         synchronize()
         return first_line(error)
     return graph

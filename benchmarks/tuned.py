@@ -4,15 +4,16 @@ The table in OUT has the name that it has in kernels/: to ship it, copy it there
 """
 
 import argparse
+import os
 import pathlib
 import shutil
-import sys
 import time
 
 import torch
 
 import fusedmlp
 from benchmarks import cases
+from benchmarks.statuses import TIME_OVER
 
 # Of the time that is left; float16 is computed and measured as bfloat16 is.
 ARITHMETICS = (("bfloat16", 0.6), ("tf32", 0.6), ("float32", 1.0))
@@ -28,38 +29,49 @@ def main() -> int:
 
     here = _table.where(torch.cuda.current_device() if torch.cuda.is_available() else None)
     users, ours = _table.users_file(here), options.out / _table.shipped_file(here).name
-    if users is None:
-        print("tune keeps its table where platformdirs says: pip install platformdirs", file=sys.stderr)
-        return 2
     if ours.exists() and not users.exists():  # of an earlier session: go on with it
         users.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ours, users)
+        _copy(ours, users)
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes
-    products = stretches = faster = left_out = 0
+    chosen = ARITHMETICS[2:] if options.dry_run else ARITHMETICS
+    groups = [
+        (dtype, part * share, final_relu, _shapes(final_relu, options.dry_run))
+        for dtype, part in chosen
+        for final_relu, share in ((False, 0.6), (True, 1.0))
+    ]
+    products = stretches = faster = done = 0
     try:
-        for dtype, part in ARITHMETICS[2:] if options.dry_run else ARITHMETICS:
-            for final_relu, share in ((False, 0.6), (True, 1.0)):
-                seconds = max(1.0, (end - time.monotonic()) * part * share)
+        for dtype, part, final_relu, shapes in groups:
+            group_ends = time.monotonic() + part * (end - time.monotonic())
+            for shape in shapes:
+                left = group_ends - time.monotonic()
+                if left <= 0:
+                    break
                 with cases.arithmetic(dtype):
-                    tuned = fusedmlp.tune(
-                        _shapes(final_relu, options.dry_run),
-                        cases.DTYPES[dtype],
-                        seconds,
-                        final_relu=final_relu,
-                    )
+                    tuned = fusedmlp.tune([shape], cases.DTYPES[dtype], left, final_relu=final_relu)
                 print(tuned, "\n", flush=True)
+                _copy(users, ours)  # after each shape, so that whoever is killed later leaves a table
                 products, stretches = products + len(tuned.products), stretches + len(tuned.stretches)
                 faster += sum(stretch.us < stretch.torch_us for stretch in tuned.stretches)
-                left_out += len(tuned.left_out)
-    finally:
-        if users.exists():
-            shutil.copy(users, ours)
+                done += not any(" seconds were over" in why for why in tuned.left_out)
+    except KeyboardInterrupt:
+        print("interrupted; the shapes before are kept, and the same command goes on")
     print(
-        f"\n{products} products and {stretches} stretches measured, the kernels faster in {faster} of these; "
-        f"{left_out} shapes left out; {ours.name} is ready for kernels/"
+        f"\n{products} products and {stretches} stretches measured, the kernels faster in {faster} of these"
     )
-    return 0
+    if ours.exists():
+        print(f"{ours.name} is ready for kernels/")
+    count = sum(len(shapes) for *_, shapes in groups)
+    print(f"{done} of {count} shapes done")
+    return 0 if done == count else TIME_OVER
+
+
+def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Whole or not at all."""
+    unfinished = target.with_suffix(".unfinished")
+    shutil.copyfile(source, unfinished)
+    os.replace(unfinished, target)
 
 
 def _shapes(final_relu: bool, dry_run: bool) -> list[tuple[int, ...]]:

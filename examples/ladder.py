@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,9 @@ import fusedmlp
 
 GOAL = 0.98  # of a race
 
+Row = dict[str, Any]
+Keep = Callable[[list[Row]], None]  # writes what there is so far
+
 
 class Rung(NamedTuple):
     name: str
@@ -23,8 +28,11 @@ class Rung(NamedTuple):
     starts_at: float = 0.0  # seconds that compiling and capturing took
 
 
-def ladder(args: argparse.Namespace, data: Mnist) -> list[dict[str, Any]]:
-    """Every rung trains from the same parameters on the same batches; the rungs' epochs alternate."""
+def ladder(args: argparse.Namespace, data: Mnist, keep: Keep = lambda rows: None) -> list[Row]:
+    """Every rung trains from the same parameters on the same batches; the rungs' epochs alternate.
+
+    However it ends, the table shows the rungs that have trained for an epoch at least.
+    """
     images, labels = normalized(data.train_images), data.train_labels
     test_images = normalized(data.test_images)
     ways: list[tuple[str, dict[str, Any], Path | None]] = [
@@ -36,29 +44,25 @@ def ladder(args: argparse.Namespace, data: Mnist) -> list[dict[str, Any]]:
         ("PyTorch, fused optimizer", {"nn": torch.nn, "fused_optimizer": True}, None),
         ("the same, torch.compile", {"nn": torch.nn, "fused_optimizer": True, "compiled": True}, None),
     ]
-    rungs = []
-    for name, options, files in ways:
-        took = warm_up(Trainer(args=args, **options), images, labels, files)
-        rungs.append(Rung(name, Trainer(args=args, **options), files, took))
-    with tqdm(
-        total=args.epochs * len(rungs) * steps_per_epoch(args, images), unit="step", leave=False
-    ) as bar:
-        for epoch in range(args.epochs):
-            for rung in rungs if epoch % 2 == 0 else reversed(rungs):
-                bar.set_description(f"{rung.name}, epoch {epoch + 1} of {args.epochs}")
-                rung.trainer.train_epoch(images, labels, bar, rung.files)
-    rows = [
-        {
-            "name": rung.name,
-            "seconds": rung.trainer.seconds,
-            "median": statistics.median(rung.trainer.seconds),
-            "first_steps": rung.starts_at,
-            "accuracy": rung.trainer.accuracy(test_images, data.test_labels),
-            "last_loss": rung.trainer.losses[-1],
-        }
-        for rung in rungs
-    ]
-    say(_table(rows))
+    rungs: list[Rung] = []
+    rows: list[Row] = []
+    try:
+        with tqdm(
+            total=args.epochs * len(ways) * steps_per_epoch(args, images), unit="step", leave=False
+        ) as bar:
+            for epoch in range(args.epochs):
+                for i in range(len(ways)) if epoch % 2 == 0 else reversed(range(len(ways))):
+                    name, options, files = ways[i]
+                    bar.set_description(f"{name}, epoch {epoch + 1} of {args.epochs}")
+                    if epoch == 0:
+                        took = warm_up(Trainer(args=args, **options), images, labels, files)
+                        rungs.append(Rung(name, Trainer(args=args, **options), files, took))
+                    rungs[i].trainer.train_epoch(images, labels, bar, files)
+                    rows[i : i + 1] = [_row(rungs[i], test_images, data.test_labels)]
+                    keep(rows)
+    finally:
+        if rows:
+            say(_table(rows))
     first, second, last = (statistics.median(rungs[i].trainer.seconds) for i in (0, 1, 4))
     say(
         f"From the first row to TrainStep.epoch it is a factor of {first / last:.1f}: {first / second:.1f}"
@@ -70,7 +74,19 @@ def ladder(args: argparse.Namespace, data: Mnist) -> list[dict[str, Any]]:
     return rows
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _row(rung: Rung, test_images: torch.Tensor, test_labels: torch.Tensor) -> Row:
+    trainer = rung.trainer
+    return {
+        "name": rung.name,
+        "seconds": trainer.seconds,
+        "median": statistics.median(trainer.seconds),
+        "first_steps": rung.starts_at,
+        "accuracy": trainer.accuracy(test_images, test_labels),
+        "last_loss": trainer.losses[-1],
+    }
+
+
+def _table(rows: list[Row]) -> str:
     lines = [f"{'':27}{'s/epoch':>8} {'[min, max]':>16}{'accuracy':>10}{'speed-up':>10}{'first':>8}"]
     for number, row in enumerate(rows):
         if number == 5:
@@ -84,7 +100,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def race(args: argparse.Namespace, data: Mnist) -> list[dict[str, Any]]:
+def race(args: argparse.Namespace, data: Mnist, keep: Keep = lambda rows: None) -> list[Row]:
     """The whole schedule, once for each seed; what it took, and whether the goal was reached."""
     images, labels, test_images = (
         normalized(data.train_images),
@@ -92,35 +108,53 @@ def race(args: argparse.Namespace, data: Mnist) -> list[dict[str, Any]]:
         normalized(data.test_images),
     )
     first = warm_up(Trainer(fusedmlp.nn, args, args.mode), images, labels)
-    seed, rows = args.seed, []
-    with tqdm(
-        total=args.seeds * args.epochs * steps_per_epoch(args, images), unit="step", leave=False
-    ) as bar:
-        for number in range(args.seeds):
-            args.seed = seed + 1000 * number  # the shuffles of an epoch take the numbers in between
-            trainer = Trainer(fusedmlp.nn, args, args.mode)
-            bar.set_description(f"seed {args.seed}")
-            for _ in range(args.epochs):
-                trainer.train_epoch(images, labels, bar)
-            accuracy = trainer.accuracy(test_images, data.test_labels)
-            rows.append({"seed": args.seed, "seconds": sum(trainer.seconds), "accuracy": accuracy})
-    args.seed = seed
-    seconds, accuracies = ([row[key] for row in rows] for key in ("seconds", "accuracy"))
-    reached = sum(accuracy >= GOAL for accuracy in accuracies)
-    say(f"training of {args.epochs} epochs, n = {args.seeds}; reached {GOAL:.0%}: {reached} of {args.seeds}")
-    for name, values, form in (("seconds", seconds, ".3f"), ("test accuracy", accuracies, ".2%")):
-        middle, low, high = (format(f(values), form) for f in (statistics.median, min, max))
-        say(f"{name:14} median {middle}, from {low} to {high}")
+    seed, rows = args.seed, list[Row]()
+    try:
+        with tqdm(
+            total=args.seeds * args.epochs * steps_per_epoch(args, images), unit="step", leave=False
+        ) as bar:
+            for number in range(args.seeds):
+                args.seed = seed + 1000 * number  # the shuffles of an epoch take the numbers in between
+                trainer = Trainer(fusedmlp.nn, args, args.mode)
+                bar.set_description(f"seed {args.seed}")
+                for _ in range(args.epochs):
+                    trainer.train_epoch(images, labels, bar)
+                accuracy = trainer.accuracy(test_images, data.test_labels)
+                rows.append({"seed": args.seed, "seconds": sum(trainer.seconds), "accuracy": accuracy})
+                keep(rows)
+    finally:
+        args.seed = seed
+        if rows:
+            say(_outcome(args, rows))
     say(f"not counted: {first:.3f} s of first steps with what they compile or capture, data, and the test")
-    if statistics.median(accuracies) < GOAL:
+    if statistics.median(row["accuracy"] for row in rows) < GOAL:
         stop(f"The median test accuracy is below the goal of {GOAL:.0%}.")
     return rows
 
 
-def log(path: Path, header: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """What ran, with everything that it was told, and what came out."""
+def _outcome(args: argparse.Namespace, rows: list[Row]) -> str:
+    seconds, accuracies = ([row[key] for row in rows] for key in ("seconds", "accuracy"))
+    reached = sum(accuracy >= GOAL for accuracy in accuracies)
+    lines = [
+        f"training of {args.epochs} epochs, n = {len(rows)}; reached {GOAL:.0%}: {reached} of {len(rows)}"
+    ]
+    for name, values, form in (("seconds", seconds, ".3f"), ("test accuracy", accuracies, ".2%")):
+        middle, low, high = (format(f(values), form) for f in (statistics.median, min, max))
+        lines.append(f"{name:14} median {middle}, from {low} to {high}")
+    return "\n".join(lines)
+
+
+def log(path: Path, header: str, args: argparse.Namespace, rows: list[Row]) -> None:
+    """What ran, with everything that it was told, and what came out: the whole file, or the one before."""
     settings = {
         name: value if isinstance(value, (int, float, list)) or value is None else str(value)
         for name, value in vars(args).items()
     }
-    path.write_text(json.dumps({"ran_on": header, "settings": settings, "results": rows}, indent=1) + "\n")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(
+            json.dumps({"ran_on": header, "settings": settings, "results": rows}, indent=1) + "\n"
+        )
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

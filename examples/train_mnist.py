@@ -15,6 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,9 +42,12 @@ def train(args: argparse.Namespace) -> int:
     if args.dtype is torch.bfloat16 and not has_bfloat16(args.device):
         say("This CPU has no bfloat16 units: TrainStep computes in float32, a plain loop slowly in bf16.")
     if args.ladder or args.race:
-        rows = (ladder if args.ladder else race)(args, data)
-        if args.log:
-            log(args.log, header, args, rows)
+
+        def keep(rows: list[dict[str, Any]]) -> None:
+            if args.log:
+                log(args.log, header, args, rows)
+
+        (ladder if args.ladder else race)(args, data, keep)
         return 0
     train_images, test_images = normalized(data.train_images), normalized(data.test_images)
     names = list(IMPLEMENTATIONS) if args.impl == "both" else [args.impl]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,8 +21,10 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: no benchm
 ROOT = pathlib.Path(__file__).parents[1]
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(ROOT))  # it is not installed
-    from benchmarks import cases, contestants, report, results, session, sweep
+    from benchmarks import cases, contestants, profiles, report, results, step_kernels, sweep, timing
     from benchmarks.cases import Case
+    from benchmarks.numerics import FOUND, memcheck
+    from benchmarks.statuses import TIME_OVER
 
 CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: no kernels to run")
@@ -326,23 +329,22 @@ def test_numerics_of_the_kernels() -> None:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "14 checks: 0 wrong, 0 did not run" in run.stdout
+    assert run.stdout.endswith("14 of 14 cases done\n")
 
 
 @needs_triton
 @pytest.mark.kernels
 def test_the_tuned_table_is_ready_to_ship_and_to_go_on_with(tmp_path: pathlib.Path) -> None:
-    pytest.importorskip("platformdirs")
     from fusedmlp.kernels import _table
 
     command = [sys.executable, "-m", "benchmarks.tuned", "--dry-run", "--out", str(tmp_path)]
     said = []
     for cache in ("one", "two"):  # as on another machine, to which only the folder was brought
-        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / cache), "CUDA_VISIBLE_DEVICES": ""}
-        environment["TRITON_INTERPRET"] = "1"
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / cache)}
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
-        said.append(run.stdout.splitlines()[-1])
-        here = _table.where(None)
+        said.append(run.stdout.splitlines()[-3])
+        here = _table.where(torch.cuda.current_device() if torch.cuda.is_available() else None)
         table, strange = _table.parse(
             (tmp_path / _table.shipped_file(here).name).read_text(), here, exact=False
         )
@@ -370,103 +372,219 @@ def test_profile_of_a_step_on_a_cpu() -> None:
         assert figures[f"{optimizer}, TrainStep"][-1] < figures[f"{optimizer}, plain loop"][-1]
 
 
-# --- the session ---
+# --- a limit loses one row, and is told from an end ---
 
 
-def python(code: str) -> Any:
-    return lambda setting: [sys.executable, "-c", code]
+def module(name: str, *arguments: str | pathlib.Path) -> list[str]:
+    return [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
 
 
-def test_a_part_that_crashes_or_hangs_loses_nothing(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session, "GRACE", 2)
-    grandchild = tmp_path / "grandchild"
-    late = f"import time, pathlib; time.sleep(8); pathlib.Path({str(grandchild)!r}).touch()"
-    hang = (  # deaf to the interrupt, and with a child that would outlive it
-        "import signal, subprocess, sys, time\n"
-        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        f"subprocess.Popen([sys.executable, '-c', {late!r}])\n"
-        "print('before the end', flush=True)\n"
-        "time.sleep(60)"
-    )
-    again = (
-        f"import pathlib, sys\nfile = pathlib.Path({str(tmp_path / 'count')!r})\n"
-        "count = int(file.read_text()) + 1 if file.exists() else 1\n"
-        "file.write_text(str(count))\nprint('time', count)\n"
-        f"sys.exit({sweep.AGAIN} if count < 3 else 0)"
-    )
-    parts = (
-        session.Part("good", 10, python("print('noise\\n\\nthe result\\nof two lines')"), lines=2),
-        session.Part("crash", 10, python("import os; print('so far', flush=True); os.abort()")),
-        session.Part("hang", 0.2, python(hang)),
-        session.Part("fails", 10, python("raise SystemExit('a reason')")),
-        session.Part("not here", 10, python(f"print('no such tool'); raise SystemExit({session.LEFT_OUT})")),
-        session.Part("again", 10, python(again)),
-        session.Part("last", 10, python("print('the last')")),
-    )
-    assert session.go(parts, tmp_path / "out", 5.0, True) == 1
-    page = (tmp_path / "out" / "summary.md").read_text()
-    assert page in capsys.readouterr().out
-    assert "1. good: **done**" in page
-    assert "   the result\n   of two lines\n2. crash: **CRASHED by signal 6 (SIGABRT)**" in page
-    assert "3. hang: **stopped after " in page
-    assert "   before the end\n4. fails: **FAILED with exit status 1**" in page
-    assert "5. not here: **left out**" in page
-    assert "   no such tool\n6. again: **done**" in page
-    assert "   time 3\n7. last: **done**" in page
-    log = (tmp_path / "out" / "log.txt").read_text()
-    for said in ("noise", "so far", "a reason", "the last"):
-        assert f"\n{said}\n" in log
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", "summary.md"]
-    time.sleep(max(0.0, 8 - (time.time() - (tmp_path / "count").stat().st_mtime)))
-    assert not grandchild.exists()
+def wait_for(there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not there() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
-def test_when_time_is_over_nothing_begins(tmp_path: pathlib.Path) -> None:
-    parts = [session.Part(name, 1, python("import time; time.sleep(30)")) for name in ("first", "second")]
-    assert session.go(parts, tmp_path, 1.5 / 60, True) == 1
-    page = (tmp_path / "summary.md").read_text()
-    assert "1. first: **stopped after " in page
-    assert "2. second: **no time was left**" in page
-
-
-def test_an_interrupt_keeps_what_was_done(tmp_path: pathlib.Path) -> None:
-    code = (
-        "import pathlib, sys\n"
-        "from benchmarks import session\n"
-        "python = lambda code: lambda setting: [sys.executable, '-c', code]\n"
-        "slow = 'import time; print(1, flush=True); time.sleep(60)'\n"
-        "parts = [session.Part(str(i), 1, python(c)) for i, c in enumerate(('print(0)', slow, slow))]\n"
-        f"sys.exit(session.go(parts, pathlib.Path({str(tmp_path)!r}), 5.0, True))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+def interruptible(command: list[str], **environment: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         # A shell that runs the tests in the background makes them, and so this, ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("2 of 3"):
-            break
+
+
+def test_numerics_say_when_their_time_was_over() -> None:
+    command = module("numerics", "--small", "--only", "fusedmlp torch", "--minutes", "1e-9")
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == TIME_OVER, run.stdout + run.stderr
+    assert run.stdout.endswith("0 of 14 cases done\n")
+
+
+def test_a_sweep_says_when_its_time_was_over(tmp_path: pathlib.Path) -> None:
+    command = ("--dry-run", "--no-report", "--out", tmp_path, "--only", "layer forward *")
+    assert benchmarks(*command[:-1], "layer forward 8x*").returncode == 0
+    run = benchmarks(*command, "--minutes", "1e-9")
+    assert run.returncode == TIME_OVER, run.stderr
+    assert run.stdout.endswith("2 of 4 cases done\n")
+
+
+@needs_triton
+@pytest.mark.kernels
+def test_tuning_says_when_its_time_was_over(tmp_path: pathlib.Path) -> None:
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = module("tuned", "--dry-run", "--minutes", "1e-9", "--out", tmp_path)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == TIME_OVER, run.stdout + run.stderr
+    assert run.stdout.endswith("\n0 of 2 shapes done\n")
+
+
+@needs_triton
+@pytest.mark.kernels
+def test_tuning_that_is_killed_leaves_a_table_of_the_shapes_before(tmp_path: pathlib.Path) -> None:
+    from fusedmlp.kernels import _table
+
+    here = _table.where(torch.cuda.current_device() if torch.cuda.is_available() else None)
+    file = tmp_path / _table.shipped_file(here).name
+    process = interruptible(
+        module("tuned", "--dry-run", "--out", tmp_path), XDG_CACHE_HOME=str(tmp_path / "cache")
+    )
+    wait_for(file.exists)
+    process.kill()
+    process.communicate()
+    table, strange = _table.parse(file.read_text(), here, exact=False)
+    assert not strange
+    assert len(table.products) == 6  # three operations of the two layers of the first shape
+
+
+@needs_triton
+@pytest.mark.kernels
+def test_profiles_are_written_one_by_one(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("--dry-run", "--no-report", "--out", tmp_path, "--only", "layer forward *float32")
+    assert benchmarks(*command).returncode == 0
+    profile_of = profiles._kernels
+    written: list[str] = []
+
+    def interrupted_at_the_third(case: dict[str, Any], name: str) -> str:
+        file = tmp_path / "profiles.txt"
+        written.append(file.read_text())
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return profile_of(case, name)
+
+    monkeypatch.setattr(profiles, "_kernels", interrupted_at_the_third)
+    monkeypatch.setattr(sys, "argv", ["profiles", "--out", str(tmp_path)])
+    assert profiles.main() == TIME_OVER
+    assert [text.count("\ntogether ") for text in written] == [0, 1, 2]
+    assert capsys.readouterr().out.endswith("\n1 of 2 cases done\n")
+
+
+@needs_triton
+@pytest.mark.kernels
+def test_the_forms_of_a_step_go_on_after_an_interrupt(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "steps.json"
+    command = module("step_kernels", "epoch", "--dry-run", "--output", file)
+    process = interruptible(command)
+    wait_for(file.exists)
+    first = json.loads(file.read_text())["results"]  # on disk as soon as it is measured
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
-    page = (tmp_path / "summary.md").read_text()
-    assert "1. 0: **done**" in page
-    assert "2. 1: **interrupted**" in page
-    assert "3. 2: **not begun**" in page
+    said = process.communicate(timeout=60)[0]
+    rows = json.loads(file.read_text())["results"]
+    assert rows[: len(first)] == first
+    assert process.returncode == TIME_OVER, said
+    assert f"{len({row['arithmetic'] for row in rows})} of 4 settings done" in said.splitlines()[-1]
+    marked = json.loads(file.read_text())
+    marked["results"][0]["loss_error"] = -1.0  # to tell whether it is measured again
+    file.write_text(json.dumps(marked))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.startswith(f"{file} has {len(rows)} rows already, measured from ")
+    assert "4 of 4 settings done" in run.stdout
+    again = json.loads(file.read_text())["results"]
+    assert [row["arithmetic"] for row in again] == list(step_kernels.KINDS)
+    assert again[0]["loss_error"] == -1.0
 
 
-def test_all_good_is_0(tmp_path: pathlib.Path) -> None:
-    assert session.go([session.Part("one", 1, python("print(1)"))], tmp_path, 1.0, True) == 0
+def test_what_was_measured_on_another_device_or_failed_is_measured_again(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "steps.json"
+    here = step_kernels.about(dry=True)
+    row = {"what": "epoch", "arithmetic": "ieee", "batch": 24, "form": "two launches"}
+    results.write(here | {"results": [row]}, file)
+    assert step_kernels.kept(file, here) == [row]
+    other = here | {"device": here["device"] | {"name": "another"}}
+    assert step_kernels.kept(file, other) == []
+    (setting, *_) = step_kernels.settings(["epoch"], dry=True)
+    assert step_kernels.done(setting, [row])
+    assert not step_kernels.done(setting, [row | {"problem": "off"}])
+    assert not step_kernels.done(setting._replace(kind="tf32"), [row])
+    file.write_text("{")
+    assert step_kernels.kept(file, here) == []
 
 
-def test_refusals_of_a_session(tmp_path: pathlib.Path) -> None:
-    run = benchmarks("gpu-session", "--out", tmp_path / "new")
-    assert run.returncode == 2
-    if HAS_TRITON:
-        assert run.stderr == "there is no CUDA device; --dry-run exercises every part on the CPU\n"
-    else:
-        assert "Triton is not installed" in run.stderr
-    assert not (tmp_path / "new").exists()
+def tool(folder: pathlib.Path, code: str) -> str:
+    """A stand-in for compute-sanitizer, which wants a GPU: it is told a command, and runs some of its own."""
+    path = folder / "tool"
+    path.write_text(f"#!{sys.executable}\n{code}")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict"), [(0, "nothing found"), (FOUND, "FOUND something"), (3, "exit status 3")]
+)
+def test_memcheck_tells_what_was_found(
+    status: int, verdict: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says = "a case", "3 of 7 cases done", "== ERROR SUMMARY: x"
+    code = "\n".join([*(f"print({line!r})" for line in says), f"raise SystemExit({status})"])
+    assert memcheck(tool(tmp_path, code), ["some", "command"]) == status
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "a case"
+    assert said[-3:] == [f"memcheck: {verdict}", "3 of 7 cases done", "== ERROR SUMMARY: x"]
+
+
+def test_memcheck_passes_on_what_is_said_as_it_comes(tmp_path: pathlib.Path) -> None:
+    slow = tool(
+        tmp_path,
+        "import time\nprint('a case', flush=True)\n"
+        "try:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('1 of 7 cases done')\n",
+    )
+    code = f"import sys; from benchmarks.numerics import memcheck; sys.exit(memcheck({slow!r}, []))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "a case\n"  # long before the end
+    os.killpg(process.pid, signal.SIGINT)
+    rest = process.communicate(timeout=60)[0]
+    assert rest.endswith("\nmemcheck: nothing found\n1 of 7 cases done\n")
+    assert process.returncode == TIME_OVER
+
+
+def test_quick_has_nothing_that_takes_minutes_to_compile() -> None:
+    for case in cases.quick():
+        quick, all_of_them = (
+            {one.name for one in contestants.contestants(case, torch.device("cuda"), few, True)}
+            for few in (True, False)
+        )
+        assert all_of_them - quick == {"compile reduce-overhead", "compile max-autotune"}
+        assert {"eager", "compile", "eager in a graph", "fusedmlp auto", "fusedmlp in a graph"} <= quick
+
+
+# --- a failed capture harms nobody ---
+
+
+def with_a_question(i: int) -> float:
+    """What no graph can hold: the CPU asks for a value."""
+    return torch.randn(3, device="cuda").sum().item()
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_is_told_of_and_the_next_is_timed() -> None:
+    x = torch.randn(64, 64, device="cuda")
+    found = timing.on_the_device({"asks": with_a_question, "is right": lambda i: x @ x}, 3, 2)
+    assert isinstance(found["asks"], str)
+    assert found["is right"]["median"] > 0
+    assert torch.isfinite(torch.randn(8, device="cuda")).all()
+
+
+@pytest.mark.gpu
+def test_a_contestant_and_a_form_that_cannot_be_captured_leave_the_process_well() -> None:
+    def asks(work: contestants.Work) -> contestants.Prepared:
+        runner = contestants.Runner(work, work.own_model())
+        runner.forward = lambda x: x * x.sum().item()
+        return runner, runner
+
+    work = contestants.Work(SMALL[0], torch.device("cuda"), 2)
+    with pytest.raises(RuntimeError):
+        contestants._in_a_graph(asks)(work)
+    with pytest.raises(RuntimeError):
+        step_kernels.graph_of(lambda: print(with_a_question(0)))
+    assert torch.isfinite(torch.randn(8, device="cuda")).all()
+    runner, run = contestants._in_a_graph(contestants._plain)(work)
+    torch.testing.assert_close(run(1), runner(1))

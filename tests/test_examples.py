@@ -221,6 +221,52 @@ def test_race_says_if_the_goal_was_missed_and_log_keeps_its_configuration(data_d
     }  # fmt: skip
 
 
+def interrupt_after(count, kept):
+    """What an example is told to keep its rows with: it is interrupted when there are so many."""
+
+    def keep(rows):
+        kept[:] = [dict(row) for row in rows]
+        if len(rows) == count:
+            raise KeyboardInterrupt
+
+    return keep
+
+
+def test_an_interrupted_ladder_shows_the_rungs_that_have_an_epoch(data_dir, capsys):
+    ladder, kept = example("ladder"), []
+    args = example("train_mnist_options").parse_arguments(
+        None, [*SMALL, "--ladder", "--data-dir", str(data_dir)]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        ladder.ladder(args, some_digits(data_dir), interrupt_after(3, kept))
+    assert [row["name"] for row in kept] == ["DataLoader, PIL, ToTensor", "data preloaded", "fusedmlp.nn"]
+    assert all(len(row["seconds"]) == 1 for row in kept)
+    table = capsys.readouterr().out
+    for row in kept:
+        assert f"{row['name']:27}{row['median']:8.3f}" in table
+    assert "TrainStep" not in table
+
+
+def test_an_interrupted_race_shows_the_seeds_that_are_done(data_dir, capsys):
+    ladder, kept = example("ladder"), []
+    options = [*SMALL, "--race", "--seeds", "5", "--data-dir", str(data_dir)]
+    args = example("train_mnist_options").parse_arguments(None, options)
+    with pytest.raises(KeyboardInterrupt):
+        ladder.race(args, some_digits(data_dir), interrupt_after(2, kept))
+    assert [row["seed"] for row in kept] == [0, 1000]
+    assert "training of 1 epochs, n = 2; reached 98%: 0 of 2" in capsys.readouterr().out
+
+
+def test_a_lost_race_is_logged(data_dir, tmp_path):
+    log = tmp_path / "race.json"
+    options = [*SMALL, "--race", "--seeds", "1", "--data-dir", str(data_dir), "--log", str(log)]
+    with pytest.raises(SystemExit, match="below the goal of 98%"):
+        example("train_mnist").main(options)
+    (row,) = json.loads(log.read_text())["results"]
+    assert row["accuracy"] < 0.98
+    assert [path.name for path in tmp_path.iterdir()] == ["race.json"]
+
+
 def test_killed_run_leaves_the_last_whole_checkpoint(data_dir, tmp_path):
     checkpoint = tmp_path / "mnist.pt"
     options = ["--impl", "fusedmlp", "--device", "cpu", "--epochs", "1000", "--batch-size", "6000"]
