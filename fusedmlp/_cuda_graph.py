@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 
+from fusedmlp._warn import first_line
+
 Result = TypeVar("Result")
 
 _one_at_a_time = threading.Lock()  # PyTorch captures one graph at a time in a process
@@ -69,7 +71,7 @@ def _capture(
         try:
             return run()
         except Exception as error:
-            reasons.append(_first_line(error))
+            reasons.append(first_line(error))
             raise
 
     before = torch.cuda.current_stream()
@@ -82,18 +84,13 @@ def _capture(
         captured = True
         return graph, result
     except Exception as error:
-        reasons.append(_first_line(error))
+        reasons.append(first_line(error))
         _forget_frames(error)
         return reasons[0]
     finally:
         if not captured:
             torch.cuda.set_stream(before)
             _put_back(graph, pool, stream)
-
-
-def _first_line(error: Exception) -> str:
-    """The error's type and the first line of what it says."""
-    return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
 
 
 def _forget_frames(error: BaseException | None) -> None:

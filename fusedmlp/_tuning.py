@@ -19,6 +19,7 @@ from fusedmlp import _backend, _cuda_graph, _dispatch, _reference, functional
 from fusedmlp._measure import compare
 from fusedmlp._tuned import Product, Stretch, Tuned
 from fusedmlp._version import __version__
+from fusedmlp._warn import first_line
 
 _ROUNDS = 5  # of which the median counts
 
@@ -315,7 +316,7 @@ def _why_not_right(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the kernel, or of PyTorch or Triton on the way to it
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return first_line(error)
     for ours, its, true in zip(results, torchs, exact, strict=True):
         problem = compare(ours, its, true).problem
         if problem is not None:
