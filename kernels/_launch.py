@@ -134,7 +134,7 @@ def _name(kernel: Any) -> str:
 
 def _failure(kernel: Any, error: Exception) -> Exception:
     """What to raise in place of what Triton raised."""
-    said = f"the Triton kernel {_name(kernel)} failed with {first_line(error)}"
+    said = f"the Triton kernel {_name(kernel)} failed with {first_line(error).rstrip('.')}"
     # Triton hands on the driver's own words, in a RuntimeError.
     if isinstance(error, torch.OutOfMemoryError) or "CUDA]: out of memory" in str(error):
         return torch.OutOfMemoryError(said)
