@@ -10,18 +10,13 @@ import contextlib
 import io
 import itertools
 import json
-import pathlib
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from machine_code import resources
+from machine_code import instructions_of, resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -47,7 +42,6 @@ from fusedmlp.kernels.step import (
     why_not_persistent,
 )
 
-CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 
 
@@ -329,16 +323,6 @@ def specs(which: str) -> Iterator[Spec]:
         raise SystemExit(f"no launcher {which!r}")
 
 
-def disassemble(cubin: bytes) -> Counter[str]:
-    """How often each machine instruction occurs."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        run = subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True)
-    pattern = r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9]*)"
-    return Counter(re.findall(pattern, run.stdout, re.MULTILINE))
-
-
 def build(spec: Spec, arch: int) -> dict[str, Any]:
     """Compile for sm_<arch> and say what the assembler and the machine code say."""
     constants: dict[tuple[int, ...], Any] = {}
@@ -377,7 +361,7 @@ def build(spec: Spec, arch: int) -> dict[str, Any]:
         "kind": spec.kind,
         "table_says": table_says,
         "rows": 0 if spec.tile is None else spec.tile[0],
-        "instructions": disassemble(compiled.asm["cubin"]),
+        "instructions": instructions_of(spec.kernel.__name__, spec.kind, spec.tile, compiled.asm),
     }
 
 

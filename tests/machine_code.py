@@ -1,6 +1,10 @@
 """What every compiled kernel must keep to, for the tests that compile: what ptxas says, the chips' limits."""
 
+import pathlib
 import re
+import subprocess
+import tempfile
+from collections import Counter
 from typing import Any
 
 REGISTERS = 65536  # of a multiprocessor: a program with more cannot be launched
@@ -46,3 +50,34 @@ def too_much(build: dict[str, Any], shared_memory: int) -> list[str]:
     if build["tensor_memory"] > TENSOR_MEMORY_COLUMNS:
         found.append(f"{build['tensor_memory']} columns of tensor memory")
     return found
+
+
+# What ptxas makes of the multiplications of PTX.
+SASS_OF = {"mma.sync": "HMMA", "wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA", "fma.rn.f32": "FFMA"}
+_disassembled: set[tuple[Any, ...]] = set()
+
+
+def instructions_of(kernel: str, kind: str | None, tile: Any, asm: dict[str, Any]) -> Counter[str]:
+    """How often each instruction occurs: in the machine code of the first such build, then as PTX has it.
+
+    To disassemble takes as long as to compile, and shapes differ in their addresses, not in what multiplies.
+    """
+    if (kernel, kind, tile) not in _disassembled:
+        _disassembled.add((kernel, kind, tile))
+        return disassemble(asm["cubin"])
+    count = Counter({sass: asm["ptx"].count(ptx) for ptx, sass in SASS_OF.items()})
+    count["other"] = asm["ptx"].count(";") - count.total()
+    return count
+
+
+def disassemble(cubin: bytes) -> Counter[str]:
+    """How often each machine instruction occurs."""
+    import triton
+
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True)
+    pattern = r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9]*)"
+    return Counter(re.findall(pattern, run.stdout, re.MULTILINE))
