@@ -199,7 +199,8 @@ def test_imports_point_one_way() -> None:
 def suite(tmp_path: pathlib.Path, plugin: str, *arguments: str) -> str:
     """What pytest prints of these tests, with a plugin that makes this machine another one."""
     (tmp_path / "this_machine.py").write_text(plugin)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    others = ("TRITON_INTERPRET", "PYTEST_ADDOPTS")  # this run's own
+    environment = {name: value for name, value in os.environ.items() if name not in others}
     environment["PYTHONPATH"] = str(tmp_path)
     command = [
         sys.executable,
