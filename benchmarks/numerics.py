@@ -89,27 +89,26 @@ def memcheck(tool: str, check: list[str]) -> int:
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [tool, "--tool", "memcheck", "--error-exitcode", str(FOUND), "--print-limit", "20", *check]
     interrupts: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    with subprocess.Popen(
-        command,
-        env=environment,
-        cwd=results.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        told: list[str] = []
-        # The process has an interrupt too, and says how far it came: that is still to be read.
-        signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
-        try:
+    # The process has an interrupt too, and says how far it came: that is still to be read.
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+    try:
+        with subprocess.Popen(
+            command,
+            env=environment,
+            cwd=results.ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            told: list[str] = []
             for line in process.stdout:
                 print(line, end="", flush=True)
                 if line.strip().endswith(" cases done") or "SUMMARY" in line:
                     told.append(line.strip())
             status = process.wait()
-        finally:
-            signal.signal(signal.SIGINT, before)
+    finally:
+        signal.signal(signal.SIGINT, before)
     verdict = {0: "nothing found", FOUND: "FOUND something", TIME_OVER: "nothing found so far"}
     print(f"\nmemcheck: {verdict.get(status, f'exit status {status}')}", *told, sep="\n")
     return TIME_OVER if interrupts and status != FOUND else status

@@ -295,11 +295,9 @@ def main() -> int:
     chosen = settings(arguments.parts or list(PARTS), dry)
     found = about(dry)
     rows = found["results"] = kept(arguments.output, found)
-    count = 0
     try:
         for setting in chosen:
             if done(setting, rows):
-                count += 1
                 continue
             fresh = list(measure(setting.what, setting.epoch(dry), setting.forms, 0 if dry else 20, dry))
             rows[:] = [row for row in rows if not setting.has(row)] + fresh
@@ -308,9 +306,12 @@ def main() -> int:
             for row in fresh:
                 heading = f"{row['what']}, {row['arithmetic']}, batch {row['batch']}"
                 print(f"{heading:35} {row['form']:20} {outcome(row)}", flush=True)
-            count += 1
     except KeyboardInterrupt:
         print("interrupted")
+        if rows and arguments.output is not None:
+            results.write(found, arguments.output)  # the interrupt may have come in place of this
+    # Counted by their rows, so that this agrees with the file wherever an interrupt came.
+    count = sum(any(setting.has(row) for row in rows) for setting in chosen)
     print("\n" + "\n".join(table(rows)))
     problems = [row for row in rows if "problem" in row]
     print(f"{len(rows)} rows, {len(problems)} with a problem")

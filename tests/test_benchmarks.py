@@ -529,8 +529,8 @@ def test_memcheck_tells_what_was_found(
 def test_memcheck_passes_on_what_is_said_as_it_comes(tmp_path: pathlib.Path) -> None:
     slow = tool(
         tmp_path,
-        "import time\nprint('a case', flush=True)\n"
-        "try:\n    time.sleep(60)\n"
+        # All of it below try, for the interrupt comes as soon as somebody has read the line.
+        "import time\ntry:\n    print('a case', flush=True)\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('1 of 7 cases done')\n",
     )
     code = f"import sys; from benchmarks.numerics import memcheck; sys.exit(memcheck({slow!r}, []))"
