@@ -314,7 +314,6 @@ def test_an_interrupt_keeps_the_shapes_before(users_file: pathlib.Path) -> None:
 RANK = """
 import os, sys, torch, torch.distributed as dist, fusedmlp
 from fusedmlp import _dispatch
-rank = int(os.environ["RANK"])
 table = _dispatch.kernels()._table
 index = 0 if torch.cuda.is_available() else None
 try:
@@ -323,7 +322,8 @@ except RuntimeError as error:
     assert "after init_process_group" in str(error), error
 else:
     raise AssertionError("measured by itself")
-dist.init_process_group("gloo")
+rank, meeting_point = int(os.environ["RANK"]), os.environ["MEETING_POINT"]
+dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=2)
 assert not table.table_of(index).products, "a file was read, which the other rank may not have"
 tuned = fusedmlp.tune([(8, 16, 16)], torch.float32)
 print(sorted((key, tuple(value)) for key, value in table.table_of(index).products.items()))
@@ -335,13 +335,13 @@ dist.destroy_process_group()
 @pytest.mark.kernels
 def test_all_ranks_choose_by_the_table_of_rank_0(tmp_path: pathlib.Path) -> None:
     """Each rank has a cache folder, as on machines of its own, and in it a table; they differ."""
-    port = str(20000 + os.getpid() % 20000)
     caches = [tmp_path / "a", tmp_path / "b"]
     for cache, width in zip(caches, ("32", "48"), strict=True):
         process = python(TUNE, cache, width, width)
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    # Two ranks of one job, as a launcher tells them. They meet in a file, for any port may be taken.
+    job = {"WORLD_SIZE": "2", "MEETING_POINT": (tmp_path / "meeting").as_uri()}
     ranks = [python(RANK, cache, RANK=str(rank), **job) for rank, cache in enumerate(caches)]
     said = []
     for process in ranks:
