@@ -42,7 +42,13 @@ from fusedmlp.kernels.step import (
     why_not_persistent,
 )
 
+# Everything is compiled for the first of these. float16 is compiled for one tile and shape: where all were, a
+# build never needed more memory than bfloat16's, nor, but for one with three more, more registers.
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
+
+
+def dtypes_of(kind: str, also_float16: bool) -> tuple[str, ...]:
+    return DTYPES[kind] if also_float16 else DTYPES[kind][:1]
 
 
 class Spec(NamedTuple):
@@ -74,7 +80,7 @@ def products(
     for (variant, given), (kind, tile, shape) in itertools.product(variants.items(), ships):
         if "transposed" in variant and shape != "all odd":  # transposed operands are irregular
             continue
-        for dtype in DTYPES[kind]:
+        for dtype in dtypes_of(kind, tile == TILES[kind][0]):
             multiple = "" if shape == "all odd" else ":16"
             arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, f"i32{multiple}")
             arguments |= dict.fromkeys(operands, f"*{dtype}{multiple}")
@@ -94,7 +100,7 @@ def descriptor_products() -> Iterator[Spec]:
     """grad_input with tensor descriptors."""
     for kind, tiles in DESCRIPTOR_TILES.items():
         for tile, dtype, relu, sums in itertools.product(tiles, DTYPES[kind], (True, False), (True, False)):
-            if sums and not relu:
+            if (sums and not relu) or dtype not in dtypes_of(kind, tile == tiles[0]):
                 continue
             block = {"M": tile.BLOCK_R, "N": tile.BLOCK_K, "K": tile.BLOCK_C, "H": tile.BLOCK_C // 2}
             arguments: dict[str, Any] = {
@@ -137,6 +143,8 @@ def grouped_products() -> Iterator[Spec]:
         ships += [(tiles[0], "1+1", "one wide"), (odd, "0+3", "all odd")]
         ships += [(odd, "0+1", shape) for shape in (*IRREGULAR_SHAPES, "one wide")]
         for (tile, layers, shape), dtype, parts in itertools.product(ships, DTYPES[kind], (True, False)):
+            if dtype not in dtypes_of(kind, (tile, layers) in ((tiles[0], "3"), (odd, "0+3"))):
+                continue
             regular, _, irregular = layers.partition("+")
             out = "*fp32:16" if parts else f"*{dtype}:16"
             blocks = {"BLOCK_N": tile.BLOCK_R, "BLOCK_K": tile.BLOCK_C, "BLOCK_M": tile.BLOCK_K}
@@ -167,9 +175,7 @@ def training_steps(which: str) -> Iterator[Spec]:
     kernel = {"step_rows": _step_rows_kernel, "step_weights": _step_weights_kernel, "steps": _steps_kernel}[
         which
     ]
-    for (name, (widths, loss, optimizer, x)), (kind, dtypes) in itertools.product(
-        NETWORKS.items(), DTYPES.items()
-    ):
+    for (name, (widths, loss, optimizer, x)), kind in itertools.product(NETWORKS.items(), DTYPES):
         layers = len(widths) - 1
         if which == "steps":
             if kind not in PERSISTENT_TILES or why_not_persistent(widths, torch.float16) is not None:
@@ -181,9 +187,7 @@ def training_steps(which: str) -> Iterator[Spec]:
                 continue
         if which == "step_weights":
             tiles = tiles[:1]
-        for (rows_tile, weights_tile), dtype in itertools.product(
-            tiles, dtypes if name == "mnist" else dtypes[:1]
-        ):
+        for (rows_tile, weights_tile), dtype in itertools.product(tiles, dtypes_of(kind, name == "mnist")):
             tile = rows_tile if which == "step_rows" else weights_tile
             stored, master = (f"*{dtype}:16",) * layers, ("*fp32:16",) * layers
             copies = stored if kind == "half" else (None,) * layers
@@ -222,9 +226,9 @@ def narrow(backward: bool) -> Iterator[Spec]:
         for widths in chains
     ]
     for kind, form, widths in ships:
-        for dtype, training in itertools.product(DTYPES[kind], (True, False)):
-            # What varies most is compiled in full; float16 differs from bfloat16 in an instruction's name.
-            if (dtype == "fp16" or not training) and widths not in (MNIST, MNIST_WIDE):
+        of_mnist = widths in (MNIST, MNIST_WIDE)
+        for dtype, training in itertools.product(dtypes_of(kind, of_mnist), (True, False)):
+            if not training and not of_mnist:
                 continue
             L = len(widths) - 1
             pointer, new = f"*{dtype}" if widths == ODD else f"*{dtype}:16", f"*{dtype}:16"
@@ -361,7 +365,7 @@ def build(spec: Spec, arch: int) -> dict[str, Any]:
         "kind": spec.kind,
         "table_says": table_says,
         "rows": 0 if spec.tile is None else spec.tile[0],
-        "instructions": instructions_of(spec.kernel.__name__, spec.kind, spec.tile, compiled.asm),
+        **instructions_of(spec.kernel.__name__, spec.kind, compiled.asm),
     }
 
 

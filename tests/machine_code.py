@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -54,20 +55,34 @@ def too_much(build: dict[str, Any], shared_memory: int) -> list[str]:
 
 # What ptxas makes of the multiplications of PTX.
 SASS_OF = {"mma.sync": "HMMA", "wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA", "fma.rn.f32": "FFMA"}
+MULTIPLY = (*SASS_OF.values(), "UTCQMMA", "FFMA2")
 _disassembled: set[tuple[Any, ...]] = set()
 
 
-def instructions_of(kernel: str, kind: str | None, tile: Any, asm: dict[str, Any]) -> Counter[str]:
-    """How often each instruction occurs: in the machine code of the first such build, then as PTX has it.
+def instructions_of(kernel: str, kind: str | None, asm: dict[str, Any]) -> dict[str, Any]:
+    """How many machine instructions one build has, and which of them multiply.
 
-    To disassemble takes as long as to compile, and shapes differ in their addresses, not in what multiplies.
+    To disassemble takes as long as to compile, so only the first build of a kernel and kind of arithmetic is.
+    Of the others the machine code tells its size, and PTX what multiplies.
     """
-    if (kernel, kind, tile) not in _disassembled:
-        _disassembled.add((kernel, kind, tile))
-        return disassemble(asm["cubin"])
-    count = Counter({sass: asm["ptx"].count(ptx) for ptx, sass in SASS_OF.items()})
-    count["other"] = asm["ptx"].count(";") - count.total()
-    return count
+    count = machine_instructions(asm["cubin"])
+    multiply = {sass: asm["ptx"].count(ptx) for ptx, sass in SASS_OF.items()}
+    if (kernel, kind) not in _disassembled:
+        _disassembled.add((kernel, kind))
+        listed = disassemble(asm["cubin"])
+        assert listed.total() == count, f"{listed.total()} instructions in the listing, {count} by the size"
+        multiply = {name: listed[name] for name in MULTIPLY}
+    return {"multiply": {name: times for name, times in multiply.items() if times}, "instructions": count}
+
+
+def machine_instructions(cubin: bytes) -> int:
+    """How many instructions of 16 bytes there are in the sections of an ELF file that can be executed."""
+    headers, size, count = (*struct.unpack_from("<Q", cubin, 0x28), *struct.unpack_from("<HH", cubin, 0x3A))
+    executable = 0
+    for i in range(count):
+        flags, _, _, length = struct.unpack_from("<QQQQ", cubin, headers + i * size + 8)
+        executable += length if flags & 4 else 0  # SHF_EXECINSTR
+    return executable // 16
 
 
 def disassemble(cubin: bytes) -> Counter[str]:
