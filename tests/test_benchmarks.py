@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from commands import ROOT, benchmarks, call
 from conftest import HAS_TRITON
 
 pytest.importorskip("tqdm", reason="tqdm is not installed: no benchmark suite")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: no benchmark suite")
 
-ROOT = pathlib.Path(__file__).parents[1]
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(ROOT))  # it is not installed
     from benchmarks import cases, contestants, profiles, report, results, step_kernels, sweep, timing
@@ -28,13 +28,6 @@ with pytest.MonkeyPatch.context() as patch:
 
 CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: no kernels to run")
-
-
-def benchmarks(*arguments: str | pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *map(str, arguments)], cwd=ROOT, text=True, capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
-    )  # fmt: skip
 
 
 # --- right before fast ---
@@ -135,8 +128,8 @@ def test_contestants_do_not_disturb_each_other() -> None:
         ]
         first = prepared[0][0].results(prepared[0][1])
         for _ in range(2):  # in turns, as when they are timed
-            for runner, call in prepared:
-                call(0)
+            for runner, run in prepared:
+                run(0)
                 assert all(torch.equal(t, before[name]) for name, t in work.model.state_dict().items())
                 for one, same in zip(runner.results(call), first, strict=True):
                     torch.testing.assert_close(one, same)
@@ -325,8 +318,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path: pathlib.Path) -> None:
 @needs_triton
 @pytest.mark.kernels
 def test_numerics_of_the_kernels() -> None:
-    command = [sys.executable, "-m", "benchmarks.numerics", "--small", "--only", "fusedmlp chain"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    run = benchmarks("--small", "--only", "fusedmlp chain", module="benchmarks.numerics")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "14 checks: 0 wrong, 0 did not run" in run.stdout
     assert run.stdout.endswith("14 of 14 cases done\n")
@@ -354,10 +346,13 @@ def test_the_tuned_table_is_ready_to_ship_and_to_go_on_with(tmp_path: pathlib.Pa
     assert said[1].startswith("0 products and 0 stretches measured")
 
 
-def test_profile_of_a_step_on_a_cpu() -> None:
+def test_profile_of_a_step_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-m", "benchmarks.cpu_profile", "--batch", "3", "--seconds", "0.1"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    from benchmarks import cpu_profile
+
+    monkeypatch.setattr(cpu_profile, "PROFILES", 1)  # each takes seconds
+    monkeypatch.setattr(cpu_profile, "STEPS", 4)
+    ran = call(cpu_profile.main, "--batch", "3", "--seconds", "0.1")
     title, head, *rows = ran.stdout.splitlines()
     assert "batch 3" in title
     assert head.split() == ["step", "products", "GFLOP/s", "update", "rest", "operators"]
@@ -395,8 +390,8 @@ def interruptible(command: list[str], **environment: str) -> "subprocess.Popen[s
 
 
 def test_numerics_say_when_their_time_was_over() -> None:
-    command = module("numerics", "--small", "--only", "fusedmlp torch", "--minutes", "1e-9")
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = ("--small", "--only", "fusedmlp torch", "--minutes", "1e-9")
+    run = benchmarks(*command, module="benchmarks.numerics")
     assert run.returncode == TIME_OVER, run.stdout + run.stderr
     assert run.stdout.endswith("0 of 14 cases done\n")
 

@@ -9,14 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, call
 
 import fusedmlp.nn
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 # One thread per process: several tests at once would otherwise wait for each other's threads.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -134,7 +133,7 @@ def test_loss_curves_nearly_coincide(trained):
 
 def test_with_the_layers_alone_loss_curves_coincide(data_dir):
     options = ["--mode", "module", "--device", "cpu", "--epochs", "1", "--lr", "0.003"]
-    result = run(SCRIPT, "--data-dir", data_dir, *options)
+    result = call(example("train_mnist").main, "--data-dir", data_dir, *options)
     assert "largest difference between their 469 training losses: 0\n" in result.stdout, result.stderr
     kernels = r"fusedmlp ran its Triton kernels in \d of \d layers(, PyTorch's own .+)?$"
     assert re.search(kernels, " ".join(result.stdout.split()))
@@ -300,13 +299,15 @@ def test_plot(trained):
 def test_checkpoint_interchanges(trained, data_dir):
     # fusedmlp wrote the checkpoint and torch reads it. With a learning rate of 0 that is what gets tested.
     load = ["--impl", "torch", "--load", trained[0] / "mnist.pt"]
-    result = run(SCRIPT, "--data-dir", data_dir, "--device", "cpu", *load, *NO_TRAINING)
+    main = example("train_mnist").main
+    result = call(main, "--data-dir", data_dir, "--device", "cpu", *load, *NO_TRAINING)
     assert result.returncode == 0, result.stderr
     assert rows(result.stdout)["torch"][2] == rows(trained[1])["fusedmlp"][2]
 
 
 def test_accuracy_below_the_bar_fails(data_dir):
-    result = run(SCRIPT, "--data-dir", data_dir, "--impl", "torch", *NO_TRAINING)
+    main = example("train_mnist").main
+    result = call(main, "--data-dir", data_dir, "--impl", "torch", *NO_TRAINING)
     assert result.returncode == 1
     accuracy = rows(result.stdout)["torch"][2]
     assert f"The test accuracy of torch, {accuracy}, is below the bar of 97%." in result.stderr
@@ -349,7 +350,7 @@ def test_torchrun_takes_the_same_steps_as_one_process(data_dir, tmp_path):
     # Two steps: the processes' shares of the first differ in length, and of the second one gets none.
     options = ["--data-dir", data_dir, "--device", "cpu", "--impl", "fusedmlp", "--batch-size", "59999"]
     options += ["--optimizer", "sgd", "--epochs", "1", "--save"]
-    alone = run(SCRIPT, *options, tmp_path / "alone.pt")
+    alone = call(example("train_mnist").main, *options, tmp_path / "alone.pt")
     together = run(TORCHRUN, *options, tmp_path / "together.pt")
     for result in (alone, together):
         assert result.returncode == 1, result.stderr

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from commands import ROOT, benchmarks
 from conftest import HAS_TRITON
 
 pytest.importorskip("tqdm", reason="tqdm is not installed: no benchmark suite")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: no benchmark suite")
 
-ROOT = pathlib.Path(__file__).parents[1]
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(ROOT))  # it is not installed
     from benchmarks import parts, results, session
@@ -45,13 +45,6 @@ def go(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         return session.go(chosen, tmp_path / "out", tmp_path / "cache", time.monotonic() + seconds, True)
 
     return run
-
-
-def command(*arguments: str | pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", "gpu-session", *map(str, arguments)], cwd=ROOT, text=True,
-        capture_output=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment,
-    )  # fmt: skip
 
 
 # --- parts that go wrong, and time ---
@@ -305,7 +298,7 @@ def test_results_of_another_commit_are_not_taken(tmp_path: pathlib.Path) -> None
     (said,) = session._take_up(earlier, out, tmp_path, dry_run=True)
     assert said.startswith("not taken: ")
     assert said.endswith("results.json has results of another commit: another")
-    run = command("--dry-run", "--parts", "quick", "--out", earlier)
+    run = benchmarks("gpu-session", "--dry-run", "--parts", "quick", "--out", earlier)
     assert run.returncode == 2
     assert run.stderr.endswith("of another commit: another. Choose another --out, or move it away\n")
     assert [path.name for path in earlier.iterdir()] == ["results.json"]
@@ -316,7 +309,7 @@ def test_results_of_another_commit_are_not_taken(tmp_path: pathlib.Path) -> None
 
 def test_refusals_of_a_session(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "new"
-    run = command("--out", out)
+    run = benchmarks("gpu-session", "--out", out)
     assert run.returncode == 2
     if not HAS_TRITON:
         assert "Triton is not installed" in run.stderr
@@ -334,14 +327,14 @@ def test_refusals_of_a_session(tmp_path: pathlib.Path) -> None:
         (["--resume", str(tmp_path / "missing")], f"there is no folder {tmp_path / 'missing'}"),
         (["--resume", str(empty)], f"{empty} has none of results.json, steps.json, mnist-ladder.json,"),
     ):
-        run = command("--dry-run", "--out", out, *arguments)
+        run = benchmarks("gpu-session", "--dry-run", "--out", out, *arguments)
         assert run.returncode == 2
         assert message in run.stderr
     assert not out.exists()
 
 
 def test_list_names_every_part() -> None:
-    run = command("--list")
+    run = benchmarks("gpu-session", "--list")
     assert run.returncode == 0
     rows = [line.split(maxsplit=2) for line in run.stdout.split("\n\n")[0].splitlines()[1:]]
     assert [row[0] for row in rows] == [one.name for one in parts.PARTS]
@@ -356,7 +349,14 @@ def test_list_names_every_part() -> None:
 @needs_triton
 def test_three_commands_one_after_the_other(tmp_path: pathlib.Path) -> None:
     """As on a card whose folder is emptied before each command, of which only the files come back."""
-    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    def command(*arguments: str | pathlib.Path) -> subprocess.CompletedProcess[str]:
+        environment = {"CUDA_VISIBLE_DEVICES": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        return subprocess.run(
+            [sys.executable, "-m", "benchmarks", "gpu-session", *map(str, arguments)], cwd=ROOT, text=True,
+            capture_output=True, env=os.environ | environment,
+        )  # fmt: skip
+
     files: list[str] = []
     resume: list[str | pathlib.Path] = []
     fresh = {
@@ -367,7 +367,7 @@ def test_three_commands_one_after_the_other(tmp_path: pathlib.Path) -> None:
     for number, (names, more) in enumerate(fresh.items(), 1):
         out = tmp_path / f"out {number}"
         options = ["--parts", ",".join(names)] if number > 1 else []
-        run = command("--dry-run", "--minutes", "20", "--out", out, *options, *resume, **cache)
+        run = command("--dry-run", "--minutes", "20", "--out", out, *options, *resume)
         page = (out / "summary.md").read_text()
         assert run.returncode == 0, page + (out / "log.txt").read_text()
         assert run.stdout.endswith(page)
@@ -385,7 +385,7 @@ def test_three_commands_one_after_the_other(tmp_path: pathlib.Path) -> None:
     assert f"`python -m benchmarks report {out / 'results.json'} --out report`" in page.splitlines()[-1]
     # Once more with what is there: nothing is measured twice.
     before = {name: json.loads((out / name).read_text()) for name in ("steps.json", "results.json")}
-    run = command("--dry-run", "--minutes", "20", "--out", out, "--parts", "steps,quick", *resume, **cache)
+    run = command("--dry-run", "--minutes", "20", "--out", out, "--parts", "steps,quick", *resume)
     assert run.returncode == 0
     assert {name: json.loads((out / name).read_text()) for name in before} == before
     assert len(list(out.iterdir())) <= 8
