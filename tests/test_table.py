@@ -279,29 +279,37 @@ def test_candidates_are_those_that_fit(
         assert (tile in found) == (fits and (descriptors or not tile.descriptors))
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
 @pytest.mark.parametrize("installed", [True, False])
 def test_the_users_table_needs_no_platformdirs(
-    installed: bool, variable: str, tmp_path: pathlib.Path
+    installed: bool, variable: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It lies at the same place with and without, and a later process finds it there."""
+    """It lies at the same place with and without."""
     if installed:
         pytest.importorskip("platformdirs", reason="platformdirs is not installed")
+    else:
+        monkeypatch.setitem(sys.modules, "platformdirs", None)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    folder = tmp_path / "fusedmlp" if variable == "XDG_CACHE_HOME" else tmp_path / ".cache" / "fusedmlp"
+    assert _table.users_file(HERE).parent == folder
+
+
+@pytest.mark.kernels
+def test_a_later_process_finds_the_table_without_platformdirs(tmp_path: pathlib.Path) -> None:
     code = (
         "import sys\n"
-        f"if not {installed}: sys.modules['platformdirs'] = None\n"
+        "sys.modules['platformdirs'] = None\n"
         "import torch, fusedmlp\n"
         "tuned = fusedmlp.tune([(8, 16, 16)], torch.float32)\n"
         "print(tuned.path, len(tuned.products))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
-    environment[variable] = str(tmp_path)
-    folder = tmp_path / "fusedmlp" if variable == "XDG_CACHE_HOME" else tmp_path / ".cache" / "fusedmlp"
+    environment["HOME"] = str(tmp_path)
     for products in (3, 0):
         run = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
         )
         path, count = run.stdout.rsplit(maxsplit=1)
-        assert pathlib.Path(path).parent == folder
+        assert pathlib.Path(path).parent == tmp_path / ".cache" / "fusedmlp"
         assert int(count) == products
