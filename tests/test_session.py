@@ -38,7 +38,7 @@ def part(name: str, code: str, seconds: float = 10, lines: int = 1) -> Part:
 def go(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Run parts for so many seconds, into tmp_path / "out"."""
     monkeypatch.setattr(session, "GRACE", 2)
-    monkeypatch.setattr(session, "FINISH", 1)
+    monkeypatch.setattr(session, "FINISH", 3)
     (tmp_path / "out").mkdir()
 
     def run(*chosen: Part, seconds: float = 300) -> int:
@@ -71,7 +71,7 @@ def test_a_part_that_crashes_or_hangs_loses_nothing(
     status = go(
         part("good", "print('noise\\n\\nthe result\\nof two lines')", lines=2),
         part("crash", "import os; print('so far', flush=True); os.abort()"),
-        part("hang", hang, seconds=0.2),
+        part("hang", hang, seconds=0.5),
         part("fails", "raise SystemExit('a reason')"),
         part("not here", f"print('no such tool'); raise SystemExit({LEFT_OUT})"),
         part("again", again),
@@ -120,8 +120,8 @@ def test_all_good_is_0(go: Callable[..., int]) -> None:
 def test_it_ends_in_time_though_a_part_is_deaf(tmp_path: pathlib.Path, go: Callable[..., int]) -> None:
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     began = time.monotonic()
-    assert go(part("deaf", deaf, seconds=1), part("more", "print(1)", seconds=0.01), seconds=8) == 1
-    assert time.monotonic() - began < 8
+    assert go(part("deaf", deaf, seconds=1), part("more", "print(1)", seconds=0.01), seconds=10) == 1
+    assert time.monotonic() - began < 10
     page = (tmp_path / "out" / "summary.md").read_text()
     assert "## deaf: time was over, " in page
     assert "## more: no time was left, 0 s" in page
@@ -131,10 +131,11 @@ def test_what_a_part_leaves_the_others_have(
     go: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = [part("short", "", seconds=90), part("long", "", seconds=10)]
-    assert go(*parts, seconds=103) == 0
+    assert go(*parts, seconds=105) == 0
     said = capsys.readouterr().out
-    assert "1 of 2: short, 90 s at most" in said
-    assert int(said.split("2 of 2: long, ")[1].split(" s at most")[0]) > 90
+    short, long = (int(said.split(f": {name}, ")[1].split(" s at most")[0]) for name in ("short", "long"))
+    assert 80 < short <= 90  # nine tenths of what is left when it begins
+    assert 80 < long <= 100  # all that is left then, where a tenth was its share
 
 
 def test_an_interrupt_keeps_what_was_done(tmp_path: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import HAS_TRITON
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 if not HAS_TRITON:
@@ -241,6 +241,7 @@ def test_what_is_written_is_read(users_file: pathlib.Path) -> None:
         assert sum("forward" in line for line in text.splitlines()) == len(table.products)  # an entry a line
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**31))
 def test_bucket_is_the_nearest_power_of_two(rows: int) -> None:
     found = _table.bucket(rows)
@@ -259,6 +260,7 @@ def test_the_tables_that_ship_are_right() -> None:
         assert not strange
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(OPERATIONS), st.sampled_from(list(TILES)), st.booleans(),
     st.sampled_from([99, 163, 227]), st.booleans(),

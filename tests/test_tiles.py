@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import HAS_TRITON
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 if not HAS_TRITON:
@@ -22,6 +22,7 @@ sizes = st.integers(1, 100_000)
 kinds = st.sampled_from(list(TILES))
 
 
+@settings(deadline=None)
 @given(sizes, sizes, kinds, st.booleans(), st.integers(1, 200), st.integers(1, 64))
 def test_every_choice_ships(rows: int, cols: int, kind: str, regular: bool, sms: int, splits: int) -> None:
     tile = select_tile([(rows, cols)], kind, regular, sms, splits)
@@ -32,6 +33,7 @@ def test_every_choice_ships(rows: int, cols: int, kind: str, regular: bool, sms:
         assert count_tiles([(rows, cols)], tile) * splits >= sms
 
 
+@settings(deadline=None)
 @given(sizes, sizes, st.integers(1, 200))
 def test_splits_keep_enough_rows_and_never_outnumber_the_chip(tiles: int, rows: int, sms: int) -> None:
     splits = select_splits(tiles, rows, sms)
