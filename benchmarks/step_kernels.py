@@ -295,12 +295,14 @@ def main() -> int:
     chosen = settings(arguments.parts or list(PARTS), dry)
     found = about(dry)
     rows = found["results"] = kept(arguments.output, found)
+    without_a_form = 0  # on this device
     try:
         for setting in chosen:
             if done(setting, rows):
                 continue
             fresh = list(measure(setting.what, setting.epoch(dry), setting.forms, 0 if dry else 20, dry))
             rows[:] = [row for row in rows if not setting.has(row)] + fresh
+            without_a_form += not fresh
             if fresh and arguments.output is not None:
                 results.write(found, arguments.output)
             for row in fresh:
@@ -311,7 +313,7 @@ def main() -> int:
         if rows and arguments.output is not None:
             results.write(found, arguments.output)  # the interrupt may have come in place of this
     # Counted by their rows, so that this agrees with the file wherever an interrupt came.
-    count = sum(any(setting.has(row) for row in rows) for setting in chosen)
+    count = sum(any(setting.has(row) for row in rows) for setting in chosen) + without_a_form
     print("\n" + "\n".join(table(rows)))
     problems = [row for row in rows if "problem" in row]
     print(f"{len(rows)} rows, {len(problems)} with a problem")

@@ -131,7 +131,7 @@ def test_contestants_do_not_disturb_each_other() -> None:
             for runner, run in prepared:
                 run(0)
                 assert all(torch.equal(t, before[name]) for name, t in work.model.state_dict().items())
-                for one, same in zip(runner.results(call), first, strict=True):
+                for one, same in zip(runner.results(run), first, strict=True):
                     torch.testing.assert_close(one, same)
         assert all(p.grad is None for p in work.model.parameters())
 
