@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from typing import Any
 
+import faster_interpreter
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON and not torch.cuda.is_available():
     # Before anything imports the kernels: Triton reads it when it decorates them.
     os.environ["TRITON_INTERPRET"] = "1"
+    faster_interpreter.install()
 
 # What a user has measured on this machine changes no test, and no test changes that.
 os.environ["XDG_CACHE_HOME"] = _CACHE = tempfile.mkdtemp(prefix="fusedmlp-tests-")
