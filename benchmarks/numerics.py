@@ -89,7 +89,7 @@ def memcheck(tool: str, check: list[str]) -> int:
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [tool, "--tool", "memcheck", "--error-exitcode", str(FOUND), "--print-limit", "20", *check]
     interrupts: list[int] = []
-    # The process has an interrupt too, and says how far it came: that is still to be read.
+    # An interrupt reaches the tool as well, which then says how far it came. That is still to be read here.
     before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     try:
         with subprocess.Popen(

@@ -311,8 +311,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted")
         if rows and arguments.output is not None:
-            results.write(found, arguments.output)  # the interrupt may have come in place of this
-    # Counted by their rows, so that this agrees with the file wherever an interrupt came.
+            results.write(found, arguments.output)  # again, for the interrupt may have stopped the last write
+    # Settings are counted by their rows, so that the count agrees with the file wherever an interrupt came.
     count = sum(any(setting.has(row) for row in rows) for setting in chosen) + without_a_form
     print("\n" + "\n".join(table(rows)))
     problems = [row for row in rows if "problem" in row]

@@ -1,4 +1,4 @@
-"""Commands, called in the tests' own process where nothing but that they are processes would be lost."""
+"""Run a command in the tests' own process, for tests that do not need a process of its own for it."""
 
 import contextlib
 import importlib
@@ -16,7 +16,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def call(main: Callable[[], int], *arguments: str | pathlib.Path) -> subprocess.CompletedProcess[str]:
-    """What a command would return and print. Starting a process and importing PyTorch takes it seconds."""
+    """Call a command's ``main`` and return its status and output, as ``subprocess.run`` would.
+
+    This saves the seconds that a new process needs to import PyTorch.
+    """
     words = [main.__module__, *map(str, arguments)]
     out, err = io.StringIO(), io.StringIO()
     with (
@@ -36,7 +39,10 @@ def call(main: Callable[[], int], *arguments: str | pathlib.Path) -> subprocess.
 def benchmarks(
     *arguments: str | pathlib.Path, module: str = "benchmarks.__main__"
 ) -> subprocess.CompletedProcess[str]:
-    """``python -m benchmarks``, or one of its modules, on a CPU: beside a GPU in a process that sees none."""
+    """Run ``python -m benchmarks``, or one of its modules, on the CPU.
+
+    Where there is a GPU, this takes a process that cannot see it.
+    """
     if torch.cuda.is_available():
         command = [sys.executable, "-m", module, *map(str, arguments)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

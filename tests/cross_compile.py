@@ -42,13 +42,7 @@ from fusedmlp.kernels.step import (
     why_not_persistent,
 )
 
-# Everything is compiled for the first of these. float16 is compiled for one tile and shape: where all were, a
-# build never needed more memory than bfloat16's, nor, but for one with three more, more registers.
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
-
-
-def dtypes_of(kind: str, also_float16: bool) -> tuple[str, ...]:
-    return DTYPES[kind] if also_float16 else DTYPES[kind][:1]
 
 
 class Spec(NamedTuple):
@@ -80,7 +74,7 @@ def products(
     for (variant, given), (kind, tile, shape) in itertools.product(variants.items(), ships):
         if "transposed" in variant and shape != "all odd":  # transposed operands are irregular
             continue
-        for dtype in dtypes_of(kind, tile == TILES[kind][0]):
+        for dtype in DTYPES[kind]:
             multiple = "" if shape == "all odd" else ":16"
             arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, f"i32{multiple}")
             arguments |= dict.fromkeys(operands, f"*{dtype}{multiple}")
@@ -100,7 +94,7 @@ def descriptor_products() -> Iterator[Spec]:
     """grad_input with tensor descriptors."""
     for kind, tiles in DESCRIPTOR_TILES.items():
         for tile, dtype, relu, sums in itertools.product(tiles, DTYPES[kind], (True, False), (True, False)):
-            if (sums and not relu) or dtype not in dtypes_of(kind, tile == tiles[0]):
+            if sums and not relu:
                 continue
             block = {"M": tile.BLOCK_R, "N": tile.BLOCK_K, "K": tile.BLOCK_C, "H": tile.BLOCK_C // 2}
             arguments: dict[str, Any] = {
@@ -142,11 +136,9 @@ def grouped_products() -> Iterator[Spec]:
         ships = [(tile, layers, "all odd") for tile in tiles for layers in ("1", "3", "1+1", "2+2")]
         ships += [(tiles[0], "1+1", "one wide"), (odd, "0+3", "all odd")]
         ships += [(odd, "0+1", shape) for shape in (*IRREGULAR_SHAPES, "one wide")]
-        # Parts of a sum are float32, as the results of a float32 product are: that is one build.
+        # Parts of a sum are float32. In float32 the results are as well, and both ways are the same build.
         ways = (True, False) if kind == "half" else (True,)
         for (tile, layers, shape), dtype, parts in itertools.product(ships, DTYPES[kind], ways):
-            if dtype not in dtypes_of(kind, (tile, layers) in ((tiles[0], "3"), (odd, "0+3"))):
-                continue
             regular, _, irregular = layers.partition("+")
             out = "*fp32:16" if parts else f"*{dtype}:16"
             blocks = {"BLOCK_N": tile.BLOCK_R, "BLOCK_K": tile.BLOCK_C, "BLOCK_M": tile.BLOCK_K}
@@ -177,7 +169,9 @@ def training_steps(which: str) -> Iterator[Spec]:
     kernel = {"step_rows": _step_rows_kernel, "step_weights": _step_weights_kernel, "steps": _steps_kernel}[
         which
     ]
-    for (name, (widths, loss, optimizer, x)), kind in itertools.product(NETWORKS.items(), DTYPES):
+    for (name, (widths, loss, optimizer, x)), (kind, dtypes) in itertools.product(
+        NETWORKS.items(), DTYPES.items()
+    ):
         layers = len(widths) - 1
         if which == "steps":
             if kind not in PERSISTENT_TILES or why_not_persistent(widths, torch.float16) is not None:
@@ -189,7 +183,9 @@ def training_steps(which: str) -> Iterator[Spec]:
                 continue
         if which == "step_weights":
             tiles = tiles[:1]
-        for (rows_tile, weights_tile), dtype in itertools.product(tiles, dtypes_of(kind, name == "mnist")):
+        for (rows_tile, weights_tile), dtype in itertools.product(
+            tiles, dtypes if name == "mnist" else dtypes[:1]
+        ):
             tile = rows_tile if which == "step_rows" else weights_tile
             stored, master = (f"*{dtype}:16",) * layers, ("*fp32:16",) * layers
             copies = stored if kind == "half" else (None,) * layers
@@ -228,9 +224,9 @@ def narrow(backward: bool) -> Iterator[Spec]:
         for widths in chains
     ]
     for kind, form, widths in ships:
-        of_mnist = widths in (MNIST, MNIST_WIDE)
-        for dtype, training in itertools.product(dtypes_of(kind, of_mnist), (True, False)):
-            if not training and not of_mnist:
+        for dtype, training in itertools.product(DTYPES[kind], (True, False)):
+            # What varies most is compiled in full; float16 differs from bfloat16 in an instruction's name.
+            if (dtype == "fp16" or not training) and widths not in (MNIST, MNIST_WIDE):
                 continue
             L = len(widths) - 1
             pointer, new = f"*{dtype}" if widths == ODD else f"*{dtype}:16", f"*{dtype}:16"
@@ -367,7 +363,7 @@ def build(spec: Spec, arch: int) -> dict[str, Any]:
         "kind": spec.kind,
         "table_says": table_says,
         "rows": 0 if spec.tile is None else spec.tile[0],
-        **instructions_of(spec.kernel.__name__, spec.kind, compiled.asm),
+        **instructions_of(spec.kernel.__name__, spec.kind, spec.tile, compiled.asm),
     }
 
 

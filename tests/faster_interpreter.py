@@ -19,7 +19,7 @@ def install() -> None:
     def builtins_of(place: Any) -> list[str]:
         return [name for name, member in inspect.getmembers(place) if tl.core.is_builtin(member)]
 
-    places = (tl, tl.core, tl.tensor, tl.core.tensor, tl.math, tl.core.tensor_descriptor_base)
+    places = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
     names = {place: builtins_of(place) for place in places}  # now, for nothing has been replaced
 
     def patch_builtin(place: Any, builder: Any, scope: Any) -> None:

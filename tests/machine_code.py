@@ -59,16 +59,16 @@ MULTIPLY = (*SASS_OF.values(), "UTCQMMA", "FFMA2")
 _disassembled: set[tuple[Any, ...]] = set()
 
 
-def instructions_of(kernel: str, kind: str | None, asm: dict[str, Any]) -> dict[str, Any]:
+def instructions_of(kernel: str, kind: str | None, tile: Any, asm: dict[str, Any]) -> dict[str, Any]:
     """How many machine instructions one build has, and which of them multiply.
 
-    To disassemble takes as long as to compile, so only the first build of a kernel and kind of arithmetic is.
-    Of the others the machine code tells its size, and PTX what multiplies.
+    Disassembling takes as long as compiling, so only the first build of each kernel and tile is disassembled.
+    For the others, the count comes from the size of the machine code and the multiplications from PTX.
     """
     count = machine_instructions(asm["cubin"])
     multiply = {sass: asm["ptx"].count(ptx) for ptx, sass in SASS_OF.items()}
-    if (kernel, kind) not in _disassembled:
-        _disassembled.add((kernel, kind))
+    if (kernel, kind, tile) not in _disassembled:
+        _disassembled.add((kernel, kind, tile))
         listed = disassemble(asm["cubin"])
         assert listed.total() == count, f"{listed.total()} instructions in the listing, {count} by the size"
         multiply = {name: listed[name] for name in MULTIPLY}
@@ -76,7 +76,7 @@ def instructions_of(kernel: str, kind: str | None, asm: dict[str, Any]) -> dict[
 
 
 def machine_instructions(cubin: bytes) -> int:
-    """How many instructions of 16 bytes there are in the sections of an ELF file that can be executed."""
+    """Count the instructions, of 16 bytes each, in the executable sections of an ELF file."""
     headers, size, count = (*struct.unpack_from("<Q", cubin, 0x28), *struct.unpack_from("<HH", cubin, 0x3A))
     executable = 0
     for i in range(count):

@@ -524,7 +524,7 @@ def test_memcheck_tells_what_was_found(
 def test_memcheck_passes_on_what_is_said_as_it_comes(tmp_path: pathlib.Path) -> None:
     slow = tool(
         tmp_path,
-        # All of it below try, for the interrupt comes as soon as somebody has read the line.
+        # The line is printed inside of try, because the interrupt comes as soon as the line has been read.
         "import time\ntry:\n    print('a case', flush=True)\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('1 of 7 cases done')\n",
     )
