@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from fusedmlp import functional, nn
 from fusedmlp._backend import forced, quiet
 from fusedmlp._dispatch import autocast_dtype, record, surely_too_little, surely_unfused
+from fusedmlp._patched import LINEAR_FORWARD
 
 _MODULE_CALL = torch.nn.Module.__call__
 _RELU = (torch.relu, torch.Tensor.relu)
@@ -81,6 +82,8 @@ class LinearBeforeReLU(nn.Linear):
     @nn._scripted_as(nn._plain_linear)
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
+        if torch.nn.Linear.forward is not LINEAR_FORWARD:
+            return super().forward(input)
         if surely_unfused(input) or surely_too_little(input, (weight,)):
             return functional.linear(input, weight, bias)
         if torch.compiler.is_compiling():
@@ -109,9 +112,6 @@ class LinearBeforeReLU(nn.Linear):
             return "in inference mode the output of the Linear cannot wait for its ReLU"
         return None
 
-    def _get_name(self) -> str:
-        return "Linear"
-
 
 class LinearBeforeClamp(LinearBeforeReLU):
     """The same before ``clamp_min(0)``, whose gradient is not quite ReLU's: it waits only without one."""
@@ -127,12 +127,14 @@ class LazyLinearBeforeReLU(nn.LazyLinear):
 
     cls_to_become = LinearBeforeReLU
 
-    def _get_name(self) -> str:
-        return "LazyLinear"
-
 
 class LazyLinearBeforeClamp(LazyLinearBeforeReLU):
     cls_to_become = LinearBeforeClamp
+
+
+# Tools go by a layer's class name, and repr shows it. Pickles find a class by its __qualname__, which stays.
+LinearBeforeReLU.__name__ = LinearBeforeClamp.__name__ = "Linear"
+LazyLinearBeforeReLU.__name__ = LazyLinearBeforeClamp.__name__ = "LazyLinear"
 
 
 class _Deferred(torch.Tensor):

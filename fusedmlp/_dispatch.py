@@ -18,6 +18,7 @@ from torch.utils._device import DeviceContext
 
 from fusedmlp import _reference
 from fusedmlp._backend import MEASURING, Run, chosen, forced
+from fusedmlp._patched import why_patched
 from fusedmlp._warn import warn
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -205,6 +206,8 @@ def _why_impossible(
     if x.shape[:-1].numel() > _LARGEST:
         return f"a dimension is over {_LARGEST}"
     if (reason := _why_not_here(device.type, device.index)) is not None:
+        return reason
+    if (reason := why_patched()) is not None:
         return reason
     if _transformed():
         return "a torch.func transform (vmap, grad, jvp, ...) is active"
@@ -440,5 +443,5 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 # What torch.compiler.assume_constant_result does, which imports the whole compiler: these ask in ways that
 # cannot be traced what cannot change, or what torch.compile guards anyway.
-for _function in (_interpreting, _transformed, _ieee_float32, _why_not_here, _why_closed):
+for _function in (_interpreting, _transformed, _ieee_float32, _why_not_here, _why_closed, why_patched):
     vars(_function)["_dynamo_marked_constant"] = True

@@ -161,7 +161,7 @@ def explain(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Explanation
         tuple(
             name
             for name, module in unseen.items()
-            if isinstance(module, nn.Linear) and "weight" in module._parameters  # else it has no name
+            if nn.Linear in type(module).__mro__ and "weight" in module._parameters  # else it has no name
         ),
         bool(rows.compiled),
     )

@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 
 from fusedmlp import _reference
 from fusedmlp._backend import plain_torch
+from fusedmlp._patched import why_patched
 
 _tracing_state = torch._C._get_tracing_state  # by name: small calls count
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -94,7 +95,7 @@ def why_not(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
         return "a tensor is not contiguous"
     if torch.is_autocast_enabled("cpu"):
         return "autocast keeps the weights that it cast"
-    if (reason := why_switched_off()) is not None:
+    if (reason := why_switched_off() or why_patched()) is not None:
         return reason
     if _reference.watched() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a mode or a transform is active"

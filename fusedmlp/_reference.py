@@ -10,6 +10,8 @@ import torch
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from fusedmlp._patched import RELU
+
 # By name, as every call on a CPU asks: a chain of attributes is a tenth of a microsecond.
 _function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
 
@@ -25,9 +27,10 @@ def linear_forward(
 def watched() -> bool:
     """Whether a mode is active: it sees every operator, and may keep what one of them returned.
 
-    Or a compiler, which makes no use of a ReLU in place: an exported graph is that of ``torch.nn``.
+    Or a compiler, which makes no use of a ReLU in place: an exported graph is that of ``torch.nn``. Or a relu
+    that replaced torch's, and wants to be called.
     """
-    return is_compiling() or _function_modes() > 0 or _dispatch_modes() > 0
+    return is_compiling() or _function_modes() > 0 or _dispatch_modes() > 0 or F.relu is not RELU
 
 
 def _relu(y: torch.Tensor, in_place: bool) -> torch.Tensor:

@@ -9,6 +9,7 @@ comes next, and should it not come once, for all that the code may do, the resul
 
 import collections
 import copy
+import itertools
 import re
 import textwrap
 import types
@@ -47,6 +48,7 @@ _TORCHS: dict[Any, type[torch.nn.Module]] = {
     **dict.fromkeys(_LAZY, torch.nn.Linear),
     **dict.fromkeys(_LAZY.values(), torch.nn.LazyLinear),
 }
+_OF_ABC = ("_abc_impl", "__abstractmethods__")  # what abc.ABCMeta gives to each class, and torch's have not
 _WIDTH = 80
 _SEQUENTIAL = "a Sequential"
 
@@ -260,7 +262,7 @@ def _calls_in_forward(module: torch.nn.Module, in_sequentials: set[torch.nn.Modu
 
 def _calls_in_sequential(module: torch.nn.Module) -> Iterator[Call]:
     members = list(module._modules.values())
-    for member, follower in zip(members, [*members[1:], None], strict=True):
+    for member, follower in itertools.zip_longest(members, members[1:]):
         if member is None or not _is_linear(member):
             continue
         kind = None
@@ -395,7 +397,8 @@ def _torchs_own(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, type[
             without.append(name or "the model itself")
         base = _TORCHS.get(base, base)
         if parametrized and base is not kind.__bases__[0]:  # a class that was made, maybe for its copies too
-            kind = type(kind.__name__, (base,), dict(vars(kind)))
+            own = {name: it for name, it in vars(kind).items() if name not in _OF_ABC}
+            kind = type(kind.__name__, (base,), own)
         elif not parametrized:
             kind = base
         if kind is not type(module):

@@ -18,6 +18,7 @@ from fusedmlp._dispatch import (
     why_not_fused,
     why_not_fused_mlp,
 )
+from fusedmlp._patched import why_patched
 
 __all__ = ["linear", "linear_relu", "mlp", "why_not_fused", "why_not_fused_mlp"]
 
@@ -140,6 +141,15 @@ def _plain(
     return x
 
 
+def say_patched(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool) -> None:
+    """Tell who records, or insists on the kernels, that a layer runs a function which replaced torch's."""
+    if not quiet():
+        reason = why_patched() or "a function of torch was replaced"
+        record(x, [weight], [bias], relu, reason)
+        if forced():
+            _refuse(reason, x, [weight], [bias])
+
+
 def _refuse(
     reason: str, x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
 ) -> None:
@@ -156,12 +166,33 @@ def _raise_clearer(
     bias: torch.Tensor | None,
     shape: tuple[int, ...] | None = None,
 ) -> None:
-    """Raise the same type of error with the caller's mistake in words, if there is one and it is not said."""
+    """Raise the same type of error with the caller's mistake in words, if there is one and it is not said.
+
+    torch's own sentence stays in the message: code and tests that match on it go on working.
+    """
     if type(error) is not RuntimeError or torch.compiler.is_compiling():  # out of memory, for one
         return
     problem = _mistake(input, weight, bias, shape)
-    if problem is not None and problem != str(error):
-        raise RuntimeError(problem) from error
+    sentence: str | None = str(error)
+    if forced():  # which refused before torch was asked
+        sentence = _torchs_sentence(input, weight, bias, shape)
+        if problem is None and sentence is not None:
+            problem = str(error)
+    if problem is None or (sentence == str(error) and problem in sentence):
+        return
+    raise RuntimeError(problem if sentence is None else f"{problem} (torch: {sentence})") from error
+
+
+def _torchs_sentence(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: tuple[int, ...] | None
+) -> str | None:
+    """What torch raises for this layer, or None if it takes it."""
+    try:
+        with torch.no_grad():
+            F.linear(input if shape is None else input.new_empty(shape), weight, bias)
+    except Exception as error:
+        return str(error) if type(error) is RuntimeError else None
+    return None
 
 
 def _mistake(

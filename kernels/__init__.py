@@ -5,24 +5,31 @@ N out features. A launcher checks nothing: ``fusedmlp._dispatch`` decides what m
 """
 
 if __name__ == "kernels":
-    raise ImportError(
-        "'kernels' is the source folder of fusedmlp's Triton kernels, not a package of its own: "
-        "use 'from fusedmlp import kernels'. If you meant another distribution named 'kernels', "
-        "run Python from outside the fusedmlp checkout."
-    )
+    # Python runs in the checkout, and somebody looks for the distribution of this name, as transformers does.
+    # What is found is empty, and too old for any use.
+    __version__ = "0.0.0"
+    del __path__  # "import kernels.step" would load a second copy
 
-from . import step
-from ._launch import KernelFailed, arithmetic, dry_run, interpreting
-from ._table import table_of
-from .mlp import mlp_backward, mlp_forward
+    def __getattr__(name: str) -> str:
+        raise AttributeError(
+            f"module 'kernels' has no attribute {name!r}: it is the source folder of fusedmlp's Triton "
+            "kernels, not a package of its own: use 'from fusedmlp import kernels'. If you meant another "
+            "distribution named 'kernels', run Python from outside the fusedmlp checkout."
+        )
 
-__all__ = [
-    "KernelFailed",
-    "arithmetic",
-    "dry_run",
-    "interpreting",
-    "mlp_backward",
-    "mlp_forward",
-    "step",
-    "table_of",
-]
+else:
+    from . import step
+    from ._launch import KernelFailed, arithmetic, dry_run, interpreting
+    from ._table import table_of
+    from .mlp import mlp_backward, mlp_forward
+
+    __all__ = [
+        "KernelFailed",
+        "arithmetic",
+        "dry_run",
+        "interpreting",
+        "mlp_backward",
+        "mlp_forward",
+        "step",
+        "table_of",
+    ]

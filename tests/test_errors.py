@@ -155,6 +155,7 @@ def test_a_layer_that_does_not_fit(name: str, route: Route) -> None:
         with nothing_changes(*layer):
             error = error_of(ours, *layer)
         assert type(error) is type(expected), what
+        assert str(expected) in str(error), what  # which code and tests may match on
         if isinstance(error, RuntimeError):
             message = f"{what}: {error}"
             given = [t for t in layer if t is not None]
@@ -186,7 +187,9 @@ def test_the_wrong_layer_of_several_is_named(route: Route) -> None:
             nn.Sequential(*layers)(x)
         with pytest.raises(RuntimeError, match=words):
             functional.mlp(tnn.Parameter(x), [first, weight, last], [None, bias, None])
-        assert type(error_of(tnn.Sequential(*layers), x)) is RuntimeError
+        expected = error_of(tnn.Sequential(*layers), x)
+        assert type(expected) is RuntimeError
+        assert str(expected) in str(error_of(nn.Sequential(*layers), x))
 
 
 @pytest.mark.capability("Errors", "in the backward: wrong gradient, changed in place, a second time")
@@ -386,7 +389,19 @@ def test_a_strict_backend_raises_torchs_type_for_mistakes(name: str) -> None:
     layer = ALL[name][1]()
     with fusedmlp.backend("triton"), nothing_changes(*layer):
         error = error_of(functional.linear, *layer)
-    assert type(error) is type(error_of(F.linear, *layer) or RuntimeError())
+    expected = error_of(F.linear, *layer) or RuntimeError()
+    assert type(error) is type(expected)
+    assert str(expected) in str(error)
+
+
+@pytest.mark.kernels
+def test_a_strict_backend_keeps_torchs_words_of_a_chain(device: torch.device) -> None:
+    layers = [tnn.Linear(7, 6), tnn.ReLU(), tnn.Linear(9, 5), tnn.ReLU(), tnn.Linear(5, 4)]
+    model, x = nn.Sequential(*layers).to(device), ones(2, 7, device=device)
+    expected = error_of(tnn.Sequential(*layers), x)
+    with fusedmlp.backend("triton"), pytest.raises(RuntimeError, match="in_features=9") as error:
+        model(x)
+    assert str(expected) in str(error.value)
 
 
 def test_a_backend_ends_with_the_error_inside_it() -> None:

@@ -1,6 +1,8 @@
 """fusedmlp.nn against torch.nn: nothing that can be seen differs."""
 
+import abc
 import copy
+import functools
 import io
 import pickle
 from collections import OrderedDict
@@ -62,8 +64,8 @@ def test_everything_of_torch_nn_is_there() -> None:
     assert set(dir(nn)) >= set(dir(tnn))
     with pytest.raises(AttributeError):
         _ = nn.NoSuchLayer
-    # With torch.nn's __path__ it would pass for a package, and import torch's files a second time.
-    assert not hasattr(nn, "__path__")
+    # With torch.nn's __path__ it would import torch's files a second time.
+    assert not set(nn.__path__) & set(tnn.__path__)
     public: dict[str, Any] = {}
     exec("from fusedmlp.nn import *", public)
     assert public["Linear"] is nn.Linear
@@ -438,3 +440,54 @@ def test_linear_relu_layer() -> None:
     assert torch.equal(layer(input=x), torch.relu(tnn.functional.linear(x, layer.weight, layer.bias)))
     stacked = nn.Sequential(layer, nn.ReLU())
     assert torch.equal(stacked(x), layer(x))
+
+
+def test_torchs_own_layers_are_instances() -> None:
+    """Code that initialises or counts by isinstance finds them; type() tells them from ours."""
+    transformer = tnn.TransformerEncoderLayer(8, 2, 12)
+    plain, ours = tnn.Sequential(tnn.Linear(3, 2), tnn.ReLU()), nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    for model in (transformer, plain, ours, fusedmlp.fuse(copy.deepcopy(transformer)), nn.MLP(3, [2], 1)):
+        for module in model.modules():
+            assert isinstance(module, nn.Linear) == isinstance(module, tnn.Linear)
+            assert isinstance(module, nn.Sequential) == isinstance(module, tnn.Sequential)
+            assert not isinstance(module, nn.LazyLinear)
+    assert isinstance(tnn.LazyLinear(3), nn.LazyLinear)
+    assert isinstance(tnn.LazyLinear(3), nn.Linear)
+    assert not isinstance(tnn.Linear(3, 2), (nn.LinearReLU, nn.MLP, nn.LazyLinear))
+    assert not isinstance(3, nn.Linear)
+
+    class Own(nn.Linear):
+        pass
+
+    class Stack(nn.Sequential, abc.ABC):
+        """And with another abstract base, as with torch's."""
+
+    assert isinstance(Own(3, 2), (nn.Linear, tnn.Linear))
+    assert not isinstance(nn.Linear(3, 2), Own)
+    assert not isinstance(tnn.Linear(3, 2), Own)
+    assert not isinstance(plain, Stack)
+    assert isinstance(Stack(), nn.Sequential)
+    assert isinstance(copy.deepcopy(Stack(nn.Linear(3, 2))), Stack)
+
+    @functools.singledispatch
+    def what(module: Any) -> str:
+        return "other"
+
+    what.register(tnn.Linear)(lambda module: "torch's")
+    what.register(nn.Linear)(lambda module: "ours")
+    assert [what(m) for m in (tnn.Linear(3, 2), nn.Linear(3, 2), Own(3, 2))] == ["torch's", "ours", "ours"]
+
+
+def test_torchs_layers_are_none_of_ours_to_us() -> None:
+    """What a subclass of theirs does is left to it, in a Sequential of ours too."""
+
+    class Twice(tnn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    layers = Twice(5, 4), tnn.ReLU(), tnn.Linear(4, 3)
+    x = torch.randn(3, 5)
+    assert isinstance(layers[0], nn.Linear)
+    assert torch.equal(nn.Sequential(*layers)(x), tnn.Sequential(*layers)(x))
+    found = fusedmlp.explain(tnn.Sequential(*layers), x)
+    assert (found.layers_not_fused, found.layers_not_run) == (("2",), ())

@@ -54,10 +54,43 @@ def test_works_where_triton_cannot_be_imported() -> None:
     assert "torch.Size([5, 2])" in run.stdout
 
 
-def test_importing_the_folder_kernels_says_what_it_is() -> None:
-    run = python("import kernels")
-    assert run.returncode == 1
-    assert "ImportError: 'kernels' is the source folder of fusedmlp's Triton kernels" in run.stderr
+def test_the_folder_kernels_found_by_that_name_is_empty_and_says_what_it_is() -> None:
+    code = (
+        "import kernels\n"
+        "assert kernels.__version__ == '0.0.0'\n"
+        "assert not hasattr(kernels, 'get_kernel') and getattr(kernels, 'step', None) is None\n"
+        "for statement in 'from kernels import get_kernel', 'import kernels.step', 'kernels.get_kernel':\n"
+        "    try:\n"
+        "        exec(statement)\n"
+        "    except (ImportError, AttributeError) as error:\n"
+        "        print(type(error).__name__, error)\n"
+    )
+    run = python(code)
+    assert run.returncode == 0, run.stderr
+    name, submodule, attribute = run.stdout.splitlines()
+    assert name.startswith("ImportError cannot import name 'get_kernel' from 'kernels'")
+    assert submodule == "ModuleNotFoundError No module named 'kernels.step'; 'kernels' is not a package"
+    assert attribute.startswith(
+        "AttributeError module 'kernels' has no attribute 'get_kernel': it is the source"
+    )
+    assert "use 'from fusedmlp import kernels'" in attribute
+
+
+def test_transformers_works_in_the_checkout() -> None:
+    """It looks for a distribution named kernels, and imports what it finds for its version."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    code = (
+        "import sys, torch\n"
+        "from transformers import BertConfig, BertModel\n"
+        "from transformers.utils import is_kernels_available\n"
+        "assert not is_kernels_available()\n"
+        "config = BertConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)\n"
+        "print(BertModel(config)(torch.tensor([[1, 2, 3]])).last_hidden_state.shape)\n"
+        "print(sys.modules['kernels'].__file__)"
+    )
+    run = python(code)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["torch.Size([1, 3, 8])", str(ROOT / "kernels" / "__init__.py")]
 
 
 def test_a_checkout_that_is_not_installed_finds_its_kernels() -> None:
@@ -97,6 +130,9 @@ def test_wheel_holds_the_kernels_and_nothing_else(wheel: pathlib.Path) -> None:
     for source in (ROOT / "kernels").glob("*.py"):
         assert f"fusedmlp/kernels/{source.name}" in names
     assert "fusedmlp/py.typed" in names
+    for stub in (ROOT / "fusedmlp").rglob("*.pyi"):
+        assert stub.relative_to(ROOT).as_posix() in names
+    assert "fusedmlp/nn/utils/rnn.pyi" in names
     assert not any("mnist" in name or name.endswith(".xz") for name in names)
 
 
@@ -109,6 +145,8 @@ def test_installed_wheel_works_from_another_folder(wheel: pathlib.Path, tmp_path
         "import importlib.util, torch, fusedmlp\n"
         "print(fusedmlp.__file__, importlib.util.find_spec('fusedmlp.kernels').origin)\n"
         "assert importlib.util.find_spec('kernels') is None\n"
+        "import fusedmlp.nn.functional\n"
+        "assert fusedmlp.nn.functional is torch.nn.functional\n"
         "fusedmlp.MLP(4, [3], 2)(torch.randn(5, 4))"
     )
     run = python(code, cwd=tmp_path)
@@ -131,12 +169,15 @@ BELOW: dict[str, set[str]] = {
     },
     "__main__": {"_dispatch", "_measure", "_report", "_tune", "functional", "fusedmlp", "nn"},
     "_report": set(),
-    "train": {"_backend", "_capture", "_direct", "_recipe", "_two_launches", "_warn"},
-    "_two_launches": {"_backend", "_cuda_graph", "_dispatch", "_recipe", "_warn"},
-    "_capture": {"_backend", "_cuda_graph", "_recipe", "_warn"},
+    "train": {"_arguments", "_backend", "_capture", "_direct", "_recipe", "_two_launches", "_warn"},
+    "_arguments": set(),
+    "_patched": set(),
+    "_labels": {"_dispatch"},
+    "_two_launches": {"_backend", "_cuda_graph", "_dispatch", "_labels", "_recipe", "_warn"},
+    "_capture": {"_backend", "_cuda_graph", "_patched", "_recipe", "_warn"},
     "_cuda_graph": {"_warn"},
     "_direct": {"_onednn", "_recipe"},
-    "_recipe": {"_backend", "nn"},
+    "_recipe": {"_backend", "_patched", "nn"},
     "_tuned": set(),
     "_tune": {"_backend", "_dispatch", "_tuned", "_tuning", "functional"},
     "_tuning": {
@@ -157,17 +198,18 @@ BELOW: dict[str, set[str]] = {
     "_traffic": {"_backend", "_dispatch", "_onednn"},
     "convert": {"_deferred", "_pairs", "nn"},
     "_pairs": {"_deferred", "_twin"},
-    "_deferred": {"_backend", "_dispatch", "functional", "nn"},
-    "nn": {"_dispatch", "functional"},
-    "functional": {"_autograd", "_backend", "_dispatch", "_onednn", "_reference"},
-    "_onednn": {"_backend", "_reference"},
+    "_deferred": {"_backend", "_dispatch", "_patched", "functional", "nn"},
+    "nn": {"_dispatch", "_patched", "functional", "_same_modules"},
+    "functional": {"_autograd", "_backend", "_dispatch", "_onednn", "_patched", "_reference"},
+    "_onednn": {"_backend", "_patched", "_reference"},
     "_autograd": {"_backend", "_dispatch", "_ops", "_reference"},
     "_ops": {"_dispatch", "_reference"},
-    "_dispatch": {"_backend", "_reference", "_warn"},
+    "_dispatch": {"_backend", "_patched", "_reference", "_warn"},
     "_warn": set(),
     "_backend": set(),
-    "_reference": set(),
+    "_reference": {"_patched"},
     "_restore": set(),
+    "_same_modules": set(),
     "_twin": set(),
     "_measure": set(),
     "_version": set(),

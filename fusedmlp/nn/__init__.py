@@ -5,6 +5,7 @@
 The same parameters, initial values, ``state_dict`` keys and ``repr``: checkpoints go both ways.
 """
 
+import abc
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -15,9 +16,16 @@ import torch.nn
 from torch.nn import *  # noqa: F403  all of torch.nn, whatever its version has
 from torch.nn.modules.module import _has_any_global_hook
 
+from fusedmlp import _same_modules
 from fusedmlp import functional as _functional
 from fusedmlp._dispatch import left_to_compiler
+from fusedmlp._patched import CALL_IMPL, LINEAR_FORWARD, SEQUENTIAL_FORWARD
 
+_same_modules.install()
+__path__ = []  # the files below this folder are for type checkers: no module lies in them
+
+# By name: small calls count.
+_MODULE, _TORCHS_LINEAR, _TORCHS_SEQUENTIAL = torch.nn.Module, torch.nn.Linear, torch.nn.Sequential
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
 
@@ -43,17 +51,26 @@ def _plain_linear_relu(self: torch.nn.Linear, input: torch.Tensor) -> torch.Tens
     return torch.relu(torch.nn.functional.linear(input, self.weight, self.bias))
 
 
-class Linear(torch.nn.Linear):  # type: ignore[no-redef]  # it replaces torch's, which * brought
+class Linear(torch.nn.Linear, metaclass=abc.ABCMeta):  # type: ignore[no-redef]  # for torch's, by the *
     """``torch.nn.Linear``, alike in everything that can be seen.
 
-    input ``(..., in_features)``, output ``(..., out_features)``.
+    input ``(..., in_features)``, output ``(..., out_features)``. ``isinstance(layer, Linear)`` is true of
+    torch's own Linears too, such as those in ``nn.Transformer``: code that initialises or counts by it finds
+    all. ``type(layer)`` tells the two apart.
 
     >>> Linear(4, 2)(torch.randn(8, 4)).shape
     torch.Size([8, 2])
     """
 
+    @classmethod
+    def __subclasshook__(cls, kind: type) -> Any:
+        return issubclass(kind, torch.nn.Linear) if cls is Linear else NotImplemented
+
     @_scripted_as(_plain_linear)
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if _TORCHS_LINEAR.forward is not LINEAR_FORWARD:  # somebody has replaced it for all Linears
+            _functional.say_patched(input, self.weight, self.bias, False)
+            return super().forward(input)
         if type(self) is Linear and _own_parameters(
             self
         ):  # each attribute would cost a tenth of a small call
@@ -74,6 +91,9 @@ class LinearReLU(Linear):
 
     @_scripted_as(_plain_linear_relu)
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if _TORCHS_LINEAR.forward is not LINEAR_FORWARD:
+            _functional.say_patched(input, self.weight, self.bias, True)
+            return torch.nn.functional.relu(_TORCHS_LINEAR.forward(self, input))
         return _functional.linear_relu(input, self.weight, self.bias)
 
 
@@ -86,26 +106,38 @@ class LazyLinear(torch.nn.LazyLinear, Linear):  # type: ignore[no-redef]
 
     cls_to_become = Linear
 
+    @classmethod
+    def __subclasshook__(cls, kind: type) -> Any:
+        return issubclass(kind, torch.nn.LazyLinear) if cls is LazyLinear else NotImplemented
 
-class Sequential(torch.nn.Sequential):  # type: ignore[no-redef]
+
+class Sequential(torch.nn.Sequential, metaclass=abc.ABCMeta):  # type: ignore[no-redef]
     """``torch.nn.Sequential`` that runs each stretch Linear, ReLU, Linear, ReLU, ... as one operation.
 
     A stretch is as long as can be, and ends where somebody could notice: at a module of any other kind, at a
-    hook, a subclass, a parametrization or a patched forward, and where a layer comes a second time.
+    hook, a subclass, a parametrization or a patched forward, and where a layer comes a second time. To
+    ``isinstance``, torch's own Sequentials are such too, as its Linears are to :class:`Linear`.
 
     >>> Sequential(Linear(4, 3), ReLU(), Linear(3, 1))(torch.randn(8, 4)).shape
     torch.Size([8, 1])
     """
 
+    @classmethod
+    def __subclasshook__(cls, kind: type) -> Any:
+        return issubclass(kind, torch.nn.Sequential) if cls is Sequential else NotImplemented
+
     @_scripted_as(torch.nn.Sequential.forward)
     def forward(self, input: Any) -> Any:
         # Somebody may be looking at the modules one by one: a tracer or compiler, by a wrapped input, by a
-        # hook or by a patched call.
+        # hook or by a patched call. Or somebody has replaced a forward for all.
         if (
             type(input) is not torch.Tensor
+            or _TORCHS_SEQUENTIAL.forward is not SEQUENTIAL_FORWARD
+            or _TORCHS_LINEAR.forward is not LINEAR_FORWARD
             or left_to_compiler(input)
             or _has_any_global_hook()
-            or torch.nn.Module.__call__ is not _MODULE_CALL
+            or _MODULE.__call__ is not _MODULE_CALL
+            or _MODULE._call_impl is not CALL_IMPL
         ):
             return super().forward(input)  # type: ignore[no-untyped-call]
         layers: list[torch.nn.Module] = []  # the stretch that is being collected,
@@ -215,7 +247,7 @@ def _own_parameters(module: torch.nn.Module) -> bool:
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):  # this module's own: with torch.nn's __path__ it would pass for a package
+    if name.startswith("__"):  # torch.nn's __path__ or __file__, for one, are not ours
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(torch.nn, name)
 

@@ -1,0 +1,1 @@
+from torch.nn.intrinsic.quantized.modules.bn_relu import *

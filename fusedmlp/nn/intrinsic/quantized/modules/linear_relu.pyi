@@ -1,0 +1,1 @@
+from torch.nn.intrinsic.quantized.modules.linear_relu import *

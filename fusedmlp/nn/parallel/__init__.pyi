@@ -1,0 +1,2 @@
+from torch.nn.parallel import *
+from torch.nn.parallel import DistributedDataParallelCPU as DistributedDataParallelCPU

@@ -1,0 +1,1 @@
+from torch.nn.quantizable.modules.rnn import *

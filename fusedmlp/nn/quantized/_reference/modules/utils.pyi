@@ -1,0 +1,1 @@
+from torch.nn.quantized._reference.modules.utils import *

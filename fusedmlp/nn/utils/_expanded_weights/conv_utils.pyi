@@ -1,0 +1,1 @@
+from torch.nn.utils._expanded_weights.conv_utils import *

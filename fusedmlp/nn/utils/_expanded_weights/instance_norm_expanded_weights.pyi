@@ -1,0 +1,1 @@
+from torch.nn.utils._expanded_weights.instance_norm_expanded_weights import *

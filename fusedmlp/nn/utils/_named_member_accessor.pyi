@@ -1,0 +1,1 @@
+from torch.nn.utils._named_member_accessor import *

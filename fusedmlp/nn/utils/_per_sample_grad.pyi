@@ -1,0 +1,1 @@
+from torch.nn.utils._per_sample_grad import *
