@@ -15,7 +15,8 @@ import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedmlp import _backend, _cuda_graph
-from fusedmlp._recipe import why_update_unknown
+from fusedmlp._patched import why_step_patched
+from fusedmlp._recipe import NODE_IS_HELD, has_node, why_update_unknown
 from fusedmlp._warn import warn
 
 _WARM_UP = 3  # steps of a shape before it is captured, of which the last is the rehearsal
@@ -35,7 +36,7 @@ def why_not(
         return "x or y requires grad"
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a graph is being captured"
-    if (reason := _cuda_graph.why_not_capture()) is not None:
+    if (reason := _cuda_graph.why_not_capture() or why_step_patched()) is not None:
         return reason
     if _has_any_global_hook():
         return "a global hook of modules is registered"
@@ -54,6 +55,8 @@ def why_not(
     for parameter in model.parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             return "a parameter has a hook"
+        if parameter.requires_grad and parameter.is_leaf and has_node(parameter):
+            return NODE_IS_HELD
         if parameter.requires_grad and id(parameter) not in updated:
             return "a parameter of the model is not in the optimizer"
         if parameter.device != x.device:
@@ -66,6 +69,19 @@ def takes_update(optimizer: torch.optim.Optimizer) -> bool:
     return why_update_unknown(optimizer) is None and all(
         group.get("fused") or group.get("capturable") for group in optimizer.param_groups
     )
+
+
+def written_by(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Parameters with a gradient, and their state: what the optimizer's step writes to."""
+    found: list[torch.Tensor] = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                state = optimizer.state.get(parameter, {}).values()
+                found += [
+                    t for t in (parameter, *state) if isinstance(t, torch.Tensor) and not t.is_inference()
+                ]
+    return found
 
 
 def fingerprint(
@@ -124,6 +140,7 @@ class Graph:
     def capture(self, stream: "torch.cuda.Stream", forward_backward: ForwardBackward, update: Update) -> None:
         """Raises CaptureFailed with the reason; then no parameter has a gradient, all else is as it was."""
         self.optimizer.zero_grad(set_to_none=True)  # so that the gradients come to lie in the graph's memory
+        known = [(tensor, tensor._version) for tensor in self._tensors()]
         try:
             self.graph, self.loss = _cuda_graph.capture(
                 lambda: self._step(forward_backward, update, capturable=True), self.x.device, stream
@@ -132,6 +149,18 @@ class Graph:
             self.optimizer.zero_grad(set_to_none=True)  # those that backward has reached lie in no memory now
             raise
         self.grads = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+        # What a replay writes to. A fused optimizer does not count what it writes, in a capture either.
+        self.written = [tensor for tensor, version in known if tensor._version != version]
+        self.written += [grad for _, grad in self.grads if not grad.is_inference()]
+        if self.with_update:
+            self.written += written_by(self.optimizer)
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        """Those of model and loss that have a version."""
+        for module in _modules(self.model, self.loss_fn):
+            for it in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+                if isinstance(it, torch.Tensor) and not it.is_inference():
+                    yield it
 
     def _step(self, forward_backward: ForwardBackward, update: Update, capturable: bool) -> torch.Tensor:
         """What is captured, on the batch in the graph's memory."""
@@ -152,6 +181,7 @@ class Graph:
         self.x.copy_(x)
         self.y.copy_(y)
         self.graph.replay()
+        torch.autograd.graph.increment_version(self.written)
         for parameter, grad in self.grads:  # somebody may have set others, or None
             parameter.grad = grad
         if not self.with_update:

@@ -9,7 +9,7 @@ import torch
 from torch.optim.adam import adam
 
 from fusedmlp import _onednn
-from fusedmlp._recipe import Recipe
+from fusedmlp._recipe import SHARES_MEMORY, Recipe
 
 _aten = torch.ops.aten
 _threshold_backward = _aten.threshold_backward.grad_input
@@ -45,6 +45,8 @@ def why_not(recipe: Recipe, x: torch.Tensor, y: torch.Tensor) -> str | None:
             return f"y is {tuple(y.shape)} of {y.dtype}; class numbers are known, int64, one for each row"
     elif y.dtype is not dtype or y.shape != (rows, recipe.weights[-1].shape[0]):
         return f"y is {tuple(y.shape)} of {y.dtype}, not like the output of the model"
+    if recipe.memory.touch(x) or recipe.memory.touch(y):
+        return SHARES_MEMORY
     return None
 
 
@@ -236,6 +238,7 @@ def _update(recipe: Recipe, grads: list[torch.Tensor]) -> None:
             eps=float(group["eps"]),
             maximize=False,
         )
+    torch.autograd.graph.increment_version(recipe.written())  # which the fused form of adam leaves out
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, onednn: bool) -> torch.Tensor:

@@ -4,7 +4,9 @@ Asked anew at every step, as anything may have changed since: nothing here is ca
 is trusted. The order of the questions is by what they cost.
 """
 
-from collections.abc import Callable
+import functools
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,10 +15,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.optim import optimizer as _optimizer
 
 from fusedmlp import _backend, nn
+from fusedmlp._patched import why_step_patched
 
 Loss = Literal["cross_entropy", "mse"]
 Update = Literal["sgd", "adam", "adamw"]
 
+SHARES_MEMORY = "x or y lies in the memory of a parameter or of the optimizer's state"
 NO_STATE = "the optimizer has no state yet, which PyTorch's own step makes the first time"
 
 
@@ -27,7 +31,7 @@ class Recipe(NamedTuple):
     layer, all on one device and of one dtype. update: of SGD, Adam or AdamW. parameters: those that there
     are, as weight, bias, weight, ...; groups and states: for each of them its group of hyper-parameters and
     the optimizer's own state, complete: ``momentum_buffer`` where momentum is not 0, or ``step``,
-    ``exp_avg`` and ``exp_avg_sq``.
+    ``exp_avg`` and ``exp_avg_sq``. memory: where parameters and state lie, no two of them on one another.
     """
 
     flatten: bool
@@ -38,12 +42,47 @@ class Recipe(NamedTuple):
     parameters: list[torch.nn.Parameter]
     groups: list[dict[str, Any]]
     states: list[dict[str, Any]]
+    memory: "Spans"
+
+    def written(self) -> list[torch.Tensor]:
+        """All tensors that the optimizer's step writes to: parameters and state."""
+        return [*self.parameters, *_state_tensors(self.states, self.groups, self.update)]
+
+
+class Spans(NamedTuple):
+    """Pieces of memory that do not overlap: their first addresses, in order, and where each ends."""
+
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+
+    def touch(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor, which is strided, lies in one of them, were it with a gap between its rows."""
+        if tensor.is_contiguous():
+            size = tensor.nbytes
+        else:
+            steps = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            size = (sum(steps) + 1) * tensor.itemsize if tensor.numel() > 0 else 0
+        start = tensor.data_ptr()
+        after = bisect_right(self.starts, start)  # the first that begins behind it
+        return (after > 0 and self.ends[after - 1] > start and size > 0) or (
+            after < len(self.starts) and self.starts[after] < start + size
+        )
+
+
+@functools.lru_cache(64)  # a function of these numbers alone, which mostly are those of the step before
+def _spans(starts: tuple[int, ...], sizes: tuple[int, ...]) -> Spans | None:
+    """The pieces of so many bytes at these addresses, or None if two of them overlap."""
+    pieces = sorted((start, start + size) for start, size in zip(starts, sizes, strict=True) if size > 0)
+    begins, ends = tuple(start for start, _ in pieces), tuple(end for _, end in pieces)
+    return Spans(begins, ends) if all(map(int.__le__, ends, begins[1:])) else None
 
 
 def recipe_of(
     model: torch.nn.Module, loss_fn: Callable[..., torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> Recipe | str:
     """The recipe, or in a sentence what is not known."""
+    if (reason := why_step_patched()) is not None:
+        return reason
     loss = _loss_of(loss_fn)
     if loss not in ("cross_entropy", "mse"):
         return loss
@@ -96,7 +135,11 @@ def recipe_of(
     states = _states_of(parameters, groups, optimizer, update)
     if isinstance(states, str):
         return states
-    return Recipe(flatten, weights, biases, loss, update, parameters, groups, states)  # type: ignore[arg-type]
+    memory = _memory_of(parameters, _state_tensors(states, groups, update))
+    rates = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], torch.Tensor)]
+    if memory is None or any(map(memory.touch, rates)):
+        return "two parameters, or a parameter and the optimizer's state or learning rate, share memory"
+    return Recipe(flatten, weights, biases, loss, update, parameters, groups, states, memory)  # type: ignore[arg-type]
 
 
 def why_watched(device_type: str, forced: bool = False) -> str | None:
@@ -224,6 +267,26 @@ def _unobserved(module: torch.nn.Module) -> bool:
     )
 
 
+NODE_IS_HELD = (
+    "somebody holds the AccumulateGrad node of a parameter, or a graph with it, and it may have hooks"
+)
+
+
+def has_node(parameter: torch.Tensor) -> bool:
+    """Whether somebody holds the parameter's AccumulateGrad node, whose hooks only a backward calls.
+
+    The node holds the parameter, is made when it is first asked for, and lives no longer than somebody holds
+    it: so it is there if, once we have asked for it, nobody more than before holds the parameter.
+    """
+    holders = parameter._use_count()  # type: ignore[attr-defined, unused-ignore]  # not in every version's types
+    if holders == 1:  # the object in Python: this is almost always so
+        return False
+    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    there: bool = parameter._use_count() == holders  # type: ignore[attr-defined, unused-ignore]
+    del node
+    return there
+
+
 def _why_parameters_unknown(
     weights: list[torch.nn.Parameter], biases: list[torch.nn.Parameter | None]
 ) -> str | None:
@@ -235,8 +298,8 @@ def _why_parameters_unknown(
         for parameter in (weight,) if bias is None else (weight, bias):
             if type(parameter) is not torch.nn.Parameter:
                 return f"a parameter is a {type(parameter).__name__}"
-            if not parameter.requires_grad:
-                return "a parameter is frozen: requires_grad is False"
+            if not parameter.requires_grad or parameter.is_inference():
+                return "a parameter is frozen, or was made in inference mode"
             # To compare devices takes longer than all else here.
             if parameter.dtype is not dtype or not (
                 (parameter.is_cpu and on_cpu) or parameter.device == device
@@ -246,6 +309,8 @@ def _why_parameters_unknown(
                 return "a parameter is not contiguous in memory"
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 return "a parameter has a hook"
+            if has_node(parameter):
+                return NODE_IS_HELD
             seen.add(id(parameter))
         shape = weight.shape
         if (
@@ -314,3 +379,22 @@ def _states_of(
             ):
                 return "the optimizer's state is not of the parameter's shape, dtype and device"
     return states
+
+
+def _state_tensors(
+    states: list[dict[str, Any]], groups: list[dict[str, Any]], update: Update
+) -> list[torch.Tensor]:
+    """What the optimizer's step writes to besides the parameters."""
+    if update == "sgd":
+        pairs = zip(states, groups, strict=True)
+        return [state["momentum_buffer"] for state, group in pairs if group["momentum"] != 0]
+    return [state[name] for state in states for name in ("step", "exp_avg", "exp_avg_sq")]
+
+
+def _memory_of(parameters: Sequence[torch.Tensor], states: list[torch.Tensor]) -> Spans | None:
+    """Where these contiguous tensors lie, or None if two of them share memory.
+
+    A step that works on one after the other, or on all at once, would find there what it wrote for another.
+    """
+    tensors = [*parameters, *states]
+    return _spans(tuple([t.data_ptr() for t in tensors]), tuple([t.nbytes for t in tensors]))

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedmlp import _backend, _cuda_graph, _dispatch
-from fusedmlp._recipe import Recipe
+from fusedmlp import _backend, _cuda_graph, _dispatch, _labels
+from fusedmlp._recipe import SHARES_MEMORY, Recipe
 from fusedmlp._warn import warn
 
 
@@ -43,6 +43,10 @@ def why_not(
         return f"y is {tuple(y.shape)} of {y.dtype}, not like the output of the model"
     if any(bias is None for bias in recipe.biases):
         return "a layer has no bias"
+    if y.layout is not torch.strided or y.is_neg():
+        return "y is sparse, or a lazy negative"
+    if recipe.memory.touch(x) or recipe.memory.touch(y):
+        return SHARES_MEMORY
     tensors = [*recipe.parameters, *(t for state in recipe.states for t in _moments_of(state))]
     if any(tensor.data_ptr() % 16 for tensor in tensors):
         return "a parameter or its state does not begin at a multiple of 16 bytes"
@@ -78,29 +82,46 @@ class TwoLaunches:
         self._captured: Any = None  # what the graph holds
         self._graph: torch.cuda.CUDAGraph | None = None
         self._no_graph: str | None = None  # why a capture failed, if one has
+        self._labels = _labels.Labels()
 
     def why_no_replay(self) -> str | None:
         """None if an epoch may become a CUDA graph, else the reason."""
         return self._no_graph or _cuda_graph.why_not_capture()
 
     def step(
-        self, recipe: Recipe, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype | None
+        self, recipe: Recipe, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype | None, number: int
     ) -> torch.Tensor | None:
         """The mean loss, after which parameters and state are those of the next step.
 
-        None if a kernel has failed: then nothing has changed, and this route is closed.
+        None if a kernel has failed: then nothing has changed, and this route is closed. number: of the step,
+        for an error. IndexError if a label is no class: on a GPU not by this call, but by one of the next
+        that come after the GPU has met it; until then steps change nothing, and their losses are NaN.
         """
+        self._look(wait=False)
         rows = x.shape[0]
         losses = torch.empty(1, device=x.device)
         run = self._prepared(recipe, x, y, dtype, rows, 1)
         _kernels().refresh_copies(run.parameters)
         try:
-            run.launch(None, 0, rows, losses, 0)
+            run.launch(None, 0, rows, losses, 0, number)
         except _dispatch.kernels().KernelFailed as failure:
             self._close(failure)
             return None
         _advance(recipe, 1)
+        if recipe.loss == "cross_entropy":
+            self._labels.wait_for(number, _counts_of(recipe))
+            if not x.is_cuda:
+                self.settle()
         return losses[0]
+
+    def settle(self) -> None:
+        """Wait for the labels of all steps so far: another route is taken, which would train on."""
+        self._look(wait=True)
+
+    def _look(self, wait: bool) -> None:
+        """At the labels of the steps so far."""
+        if self._made is not None:
+            self._labels.look(self._workspace.wrong, self._made[0][-1], wait)
 
     def epoch(
         self,
@@ -110,14 +131,17 @@ class TwoLaunches:
         order: torch.Tensor,
         batch_size: int,
         dtype: torch.dtype | None,
+        before: int,
     ) -> torch.Tensor:
         """A step for each ``batch_size`` of the rows ``order``, the last on what is left; all losses.
 
         On a GPU the first epoch goes launch by launch; the second is captured in a CUDA graph, and replayed
         as long as it reads and writes the same memory in the same way. Before the first step the kernels for
         both lengths of batch are built. If one fails all the same, this route is closed, and the losses are
-        those of the steps before it, which are done.
+        those of the steps before it, which are done. IndexError if a label is no class: the steps before it
+        are done. before: so many steps of this epoch were done in another way, for that error.
         """
+        self.settle()
         steps = -(-len(order) // batch_size)
         run = self._prepared(recipe, images, labels, dtype, batch_size, steps)
         if self._order.shape != order.shape or len(self._losses) != steps:
@@ -133,7 +157,7 @@ class TwoLaunches:
             nonlocal done
             _kernels().refresh_copies(run.parameters)
             for done, rows in enumerate(lengths):
-                run.launch(self._order, done * batch_size, rows, self._losses, done)
+                run.launch(self._order, done * batch_size, rows, self._losses, done, done)
             done = steps
 
         replay = images.is_cuda and compiled == self._ran and self.why_no_replay() is None
@@ -152,11 +176,23 @@ class TwoLaunches:
                 launch_all()
                 self._ran = compiled
             except _dispatch.kernels().KernelFailed as failure:
-                _advance(recipe, done)
+                self._end(recipe, done, before)
                 self._close(failure)
                 return self._losses[:done].clone()
-        _advance(recipe, done)
+        self._end(recipe, done, before)
         return self._losses.clone()
+
+    def _end(self, recipe: Recipe, done: int, before: int) -> None:
+        """So many steps of an epoch are done, unless a label was no class."""
+        record = self._workspace.wrong
+        wrong = _labels.wrong_label(record) if recipe.loss == "cross_entropy" and done > 0 else None
+        if wrong is None:
+            _advance(recipe, done)
+            return
+        _advance(recipe, wrong[0])
+        _labels.forget(record)
+        step = f"step {before + wrong[0]} of this epoch"
+        raise IndexError(_labels.no_class(wrong[1], self._made[0][-1], step))
 
     def _close(self, failure: Exception) -> None:
         """Take this route no more; where ``backend("triton")`` insists on it, raise the failure instead."""
@@ -189,6 +225,7 @@ class TwoLaunches:
         kernels, device = _kernels(), x.device
         dtype, widths = dtype or torch.float32, _widths_of(recipe)
         if self._made != (widths, dtype, device) or self._workspace.rows < rows:
+            self.settle()  # as the record of their labels goes
             self._workspace = kernels.workspace_for(widths, rows, dtype, device)
             self._made, self._ran, self._captured, self._graph = (widths, dtype, device), None, None, None
             self._order = self._losses = torch.empty(0)
@@ -216,10 +253,12 @@ class _Run(NamedTuple):
     numbers: torch.Tensor
     workspace: Any
 
-    def launch(self, index: torch.Tensor | None, first: int, rows: int, losses: torch.Tensor, i: int) -> None:
+    def launch(
+        self, index: torch.Tensor | None, first: int, rows: int, losses: torch.Tensor, i: int, number: int
+    ) -> None:
         _kernels().train_step(
             self.x, index, first, rows, self.y, self.parameters, self.network, self.numbers, losses, i,
-            self.workspace, self.scale,
+            self.workspace, self.scale, number=number,
         )  # fmt: skip
 
     def build(self, index: torch.Tensor, rows: int, losses: torch.Tensor) -> None:
@@ -307,6 +346,11 @@ def _advance(recipe: Recipe, steps: int) -> None:
         return
     for parameter in recipe.parameters:
         parameter.grad = None
-    torch.autograd.graph.increment_version(recipe.parameters)
+    torch.autograd.graph.increment_version(recipe.written())
     if recipe.update != "sgd":
-        torch._foreach_add_([state["step"] for state in recipe.states], float(steps))
+        torch._foreach_add_(_counts_of(recipe), float(steps))
+
+
+def _counts_of(recipe: Recipe) -> list[torch.Tensor]:
+    """The optimizer's counts of steps."""
+    return [] if recipe.update == "sgd" else [state["step"] for state in recipe.states]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fusedmlp import _backend, _capture, _direct, _two_launches
+from fusedmlp import _arguments, _backend, _capture, _direct, _two_launches
 from fusedmlp._recipe import NO_STATE, Recipe, recipe_of, why_watched
 from fusedmlp._warn import warn
 
@@ -20,7 +20,9 @@ class TrainStep:
     """One step of training: ``zero_grad``, ``model(x)``, ``loss_fn``, ``backward`` and ``optimizer.step``.
 
     Any model, loss and torch optimizer; what is known well enough takes a faster route, with the same
-    results and the same state of model and optimizer. :meth:`explain` says which, and why not another.
+    results and the same state of model and optimizer. :meth:`explain` says which, and why not another. An
+    optimizer that computes the loss several times a step, as LBFGS does, is given a closure for it, and the
+    first of its losses is returned.
 
     loss_fn: called as ``loss_fn(model(x), y)``, a scalar; x and y are tensors, or what model and loss take.
     clip_grad_norm: the largest norm of all gradients together, as of ``torch.nn.utils.clip_grad_norm_``.
@@ -32,6 +34,10 @@ class TrainStep:
     Everything is read anew at each call: learning rates that a scheduler sets, values that are loaded, layers
     that are frozen. On a GPU the step is replayed from a CUDA graph, so Python code in the model runs only
     in the first steps of a shape and whenever an attribute, a parameter or a setting has changed.
+
+    A label that is no class is an IndexError. A step in two launches on a GPU does not wait for that: it and
+    the steps after it change nothing and return NaN, and one of the next calls raises, with the step's number
+    among the calls so far, from 0; :meth:`epoch` raises at its end.
 
     Do not rely on the ``.grad`` of parameters after a step: some routes leave None there, as
     ``zero_grad`` does. The loss is not looked at, which would wait for a GPU: a step whose loss is NaN
@@ -52,28 +58,38 @@ class TrainStep:
         scaler: torch.amp.GradScaler | None = None,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        if accumulate < 1:
-            raise ValueError(f"accumulate is a number of calls, 1 or more, got {accumulate!r}")
+        _arguments.check_step(model, loss_fn, optimizer)
+        accumulate = _arguments.count("accumulate", accumulate)
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm is a norm above 0, or None, got {clip_grad_norm!r}")
         if compute_dtype not in (None, torch.bfloat16):
             raise ValueError(f"compute_dtype is torch.bfloat16 or None, got {compute_dtype!r}")
+        self._by_closure = _arguments.needs_closure(optimizer)
+        if self._by_closure and (scaler is not None or accumulate > 1):
+            what = "accumulate" if accumulate > 1 else "a GradScaler"
+            raise ValueError(
+                f"{type(optimizer).__name__} computes the loss several times a step, "
+                f"which cannot go with {what}"
+            )
         self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
         self._clip_grad_norm, self._accumulate = clip_grad_norm, accumulate
         self._scaler, self._asked_dtype = scaler, compute_dtype
         self._graphs = _capture.Graphs(model, loss_fn, optimizer)
         self._two_launches = _two_launches.TwoLaunches()
         self._warned = False
+        self._calls = 0
         self._accumulated = 0  # calls whose gradients wait in .grad
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The loss of this batch, detached, after which the model is trained by it."""
+        number, self._calls = self._calls, self._calls + 1
         recipe = self._recipe_for_two_launches(x, y)
         if not isinstance(recipe, str):
-            loss = self._two_launches.step(recipe, x, y, self._asked_dtype)
+            loss = self._two_launches.step(recipe, x, y, self._asked_dtype, number)
             if loss is not None:
                 self._tell_scheduler()
                 return loss
+        self._two_launches.settle()
         if _is_on(x, "cuda") and self._why_not_graph(x, y) is None:
             return self._graphs(x, y, self._forward_backward, self._update)
         recipe = self._recipe_for_direct(x, y)
@@ -152,6 +168,8 @@ class TrainStep:
             return "a GradScaler is given, which looks at its results"
         if self._accumulate > 1:
             return "gradients are accumulated"
+        if self._by_closure:
+            return f"{type(self._optimizer).__name__} computes the loss as often as it finds it needs"
         if self._graphs.failure is not None:
             return self._graphs.failure
         reason = why_watched(x.device.type)
@@ -229,11 +247,9 @@ class TrainStep:
 
         >>> losses = step.epoch(images, labels, batch_size=64)
         """
+        batch_size = _arguments.count("batch_size", batch_size)
+        _arguments.check_epoch(images, labels, batch_size, drop_last)
         count = len(images)
-        if len(labels) != count:
-            raise ValueError(f"{count} images, but {len(labels)} labels")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is 1 or more, got {batch_size!r}")
         order = torch.randperm(count, generator=generator, device=images.device)
         images = images.flatten(1) if _wants_flat(self._model, images.shape) else images
         dtype = images.dtype
@@ -252,7 +268,7 @@ class TrainStep:
                 recipe = self._recipe_for_two_launches(images, labels, size)
                 if not isinstance(recipe, str):
                     done = self._two_launches.epoch(
-                        recipe, images, labels, order[start:stop], size, self._asked_dtype
+                        recipe, images, labels, order[start:stop], size, self._asked_dtype, len(losses)
                     )
                     losses.append(done)
                     start += size * len(done)
@@ -275,6 +291,8 @@ class TrainStep:
         return together
 
     def _ordinary(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self._by_closure:
+            return self._by_its_closure(x, y)
         if self._accumulated == 0:
             self._optimizer.zero_grad()
         loss = self._forward_backward(x, y)
@@ -282,6 +300,22 @@ class TrainStep:
         if self._accumulated == 0:
             self._update()
         return loss
+
+    def _by_its_closure(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The optimizer calls what computes loss and gradients, as often as it likes: the first loss."""
+        losses: list[torch.Tensor] = []
+
+        def closure() -> torch.Tensor:
+            self._optimizer.zero_grad()
+            loss = self._forward_backward(x, y)
+            self._clip()
+            losses.append(loss)
+            return loss
+
+        self._optimizer.step(closure)  # type: ignore[arg-type]  # typed as a float, documented as a tensor
+        if not losses:
+            raise RuntimeError(f"the step of {type(self._optimizer).__name__} did not compute the loss")
+        return losses[0]
 
     def _forward_backward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with self._autocast(x):
@@ -298,16 +332,26 @@ class TrainStep:
 
     def _update(self) -> None:
         """By the gradients in .grad."""
-        if self._clip_grad_norm is not None:
-            if self._scaler is not None:
-                self._scaler.unscale_(self._optimizer)
-            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self._clip_grad_norm)
+        self._clip()
+        groups = self._optimizer.param_groups
+        if all(p.grad is None for group in groups for p in group["params"]) and not _arguments.has_some_of(
+            self._optimizer, self._model, self._loss_fn
+        ):
+            raise RuntimeError(_arguments.NOTHING_TRAINED)
         if self._scaler is None:
             self._optimizer.step()
         else:
             self._scaler.step(self._optimizer)
             self._scaler.update()
+        if any(group.get("fused") for group in groups):  # which do not count what they write to
+            torch.autograd.graph.increment_version(_capture.written_by(self._optimizer))
+
+    def _clip(self) -> None:
+        if self._clip_grad_norm is not None:
+            if self._scaler is not None:
+                self._scaler.unscale_(self._optimizer)
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self._clip_grad_norm)
 
 
 def _is_on(x: Any, device_type: str) -> bool:

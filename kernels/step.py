@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._launch import COMPILE_OPTIONS, arithmetic, build, device_limits, interpreting, launch
 from ._tiles import cdiv
-from .step_rows import rows_of_step
+from .step_rows import NONE_WRONG, rows_of_step
 from .step_weights import NUMBERS, weights_of_step
 
 WIDEST = 256  # outputs of a layer: a program holds a row of them
@@ -84,6 +84,7 @@ class Workspace(NamedTuple):
     grads: tuple[torch.Tensor, ...]  # of each layer: the loss's gradient by its product
     partials: torch.Tensor  # sums of each program's rows
     arrived: torch.Tensor  # the grid barrier's counter
+    wrong: torch.Tensor  # the record of labels that are no class, see wrong_label
 
 
 class Network(NamedTuple):
@@ -146,7 +147,24 @@ def workspace_for(widths: Sequence[int], rows: int, dtype: torch.dtype, device: 
         tuple(room(width) for width in widths[1:]),
         torch.empty(2 * cdiv(rows, ROWS_TILES["half"][0].BLOCK_M), dtype=torch.float32, device=device),
         torch.zeros(1, dtype=torch.int32, device=device),
+        torch.full((1,), NONE_WRONG.value, dtype=torch.int64, device=device),
     )
+
+
+def wrong_label(record: torch.Tensor) -> tuple[int, int] | None:
+    """Of the first step that met a label that is no class, the number and the least such label, or None.
+
+    record: a workspace's ``wrong``, or a copy of it; to read it waits for a GPU. The label is cut to the
+    range of 32 bits. From that step on no step updates anything, and losses are NaN, until
+    :func:`forget_wrong_label`.
+    """
+    code = int(record.item())
+    return None if code == NONE_WRONG.value else (code >> 32, (code & (2**32 - 1)) - 2**31)
+
+
+def forget_wrong_label(record: torch.Tensor) -> None:
+    """Let steps update again."""
+    record.fill_(NONE_WRONG.value)
 
 
 def block_of(width: int) -> int:
@@ -182,9 +200,10 @@ def unknown_zero(n):
     return n * tl.program_id(1) * 16
 
 
-@triton.jit(do_not_specialize=["first", "rows", "tiles"])
+@triton.jit(do_not_specialize=["first", "rows", "tiles", "number"])
 def _step_rows_kernel(
-    first, rows, tiles, x_ptr, index_ptr, target_ptr, weights, biases, hidden, grads, partials_ptr, scale,
+    first, rows, tiles, number, x_ptr, index_ptr, target_ptr, weights, biases, hidden, grads, partials_ptr,
+    wrong_ptr, scale,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, LOSS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
@@ -194,14 +213,14 @@ def _step_rows_kernel(
         gdc_wait()
     rows_of_step(
         tl.program_id(0), tiles, first, rows, x_ptr, index_ptr, target_ptr, weights, biases, hidden, grads,
-        partials_ptr, scale, unknown_zero(1),
+        partials_ptr, number, wrong_ptr, scale, unknown_zero(1),
         WIDTHS, BLOCKS, LOSS, BLOCK_M, BLOCK_K, INPUT_PRECISION, UPCAST,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first", "rows", "tiles", "step"])
 def _step_weights_kernel(
-    first, rows, tiles, step, x_ptr, index_ptr, parameters, hidden, grads, partials_ptr,
+    first, rows, tiles, step, x_ptr, index_ptr, parameters, hidden, grads, partials_ptr, wrong_ptr,
     numbers_ptr, losses_ptr, scale,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, LOSS: tl.constexpr,
     OPTIMIZER: tl.constexpr, NESTEROV: tl.constexpr,
@@ -213,7 +232,7 @@ def _step_weights_kernel(
         gdc_wait()
     weights_of_step(
         tl.program_id(0), tiles, first, rows, x_ptr, index_ptr, parameters, hidden, grads, partials_ptr,
-        numbers_ptr + step * 2 * (len(WIDTHS) - 1) * NUMBERS, losses_ptr + step, scale,
+        wrong_ptr, numbers_ptr + step * 2 * (len(WIDTHS) - 1) * NUMBERS, losses_ptr + step, scale,
         WIDTHS, BLOCKS, LOSS, OPTIMIZER, NESTEROV, BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION, UPCAST,
     )  # fmt: skip
 
@@ -235,8 +254,8 @@ def _wait_for_all(arrived_ptr, goal):
 @triton.jit(do_not_specialize=["first", "rows", "batch", "steps", "weight_tiles"])
 def _steps_kernel(
     first, rows, batch, steps, weight_tiles, arrived_ptr,
-    x_ptr, index_ptr, target_ptr, weights, parameters, hidden, grads, partials_ptr, numbers_ptr, losses_ptr,
-    scale,
+    x_ptr, index_ptr, target_ptr, weights, parameters, hidden, grads, partials_ptr, wrong_ptr, numbers_ptr,
+    losses_ptr, scale,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, LOSS: tl.constexpr,
     OPTIMIZER: tl.constexpr, NESTEROV: tl.constexpr,
     ROWS_BLOCK_M: tl.constexpr, ROWS_BLOCK_K: tl.constexpr,
@@ -253,7 +272,7 @@ def _steps_kernel(
         for tile in tl.range(tl.program_id(0), tiles, programs, disable_licm=True):
             rows_of_step(
                 tile, tiles, start, here, x_ptr, index_ptr, target_ptr, weights, parameters[1], hidden, grads,
-                partials_ptr, scale, unknown_zero(step),
+                partials_ptr, step, wrong_ptr, scale, unknown_zero(step),
                 WIDTHS, BLOCKS, LOSS, ROWS_BLOCK_M, ROWS_BLOCK_K, INPUT_PRECISION, UPCAST,
             )  # fmt: skip
         goal += programs
@@ -261,7 +280,7 @@ def _steps_kernel(
         for tile in tl.range(tl.program_id(0), weight_tiles, programs, disable_licm=True):
             weights_of_step(
                 tile, tiles, start, here, x_ptr, index_ptr, parameters, hidden, grads, partials_ptr,
-                numbers_ptr + step * 2 * (len(WIDTHS) - 1) * NUMBERS, losses_ptr + step, scale,
+                wrong_ptr, numbers_ptr + step * 2 * (len(WIDTHS) - 1) * NUMBERS, losses_ptr + step, scale,
                 WIDTHS, BLOCKS, LOSS, OPTIMIZER, NESTEROV, BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION, UPCAST,
             )  # fmt: skip
         goal += programs
@@ -341,12 +360,14 @@ def train_step(
     workspace: Workspace,
     scale: float = 1.0,
     overlap: bool = False,
+    number: int | None = None,
 ) -> None:
     """One step on ``rows`` rows, 1 or more: ``losses[step]`` is their mean loss before the update.
 
     x ``(n, widths[0])``, floats or integers, which are multiplied by scale; target: class indices ``(n,)`` of
-    an integer dtype, of which -100 is left out and one that is no class makes the loss NaN, or for "mse"
-    floats ``(n, widths[-1])``; both contiguous. The rows are ``index[first : first + rows]``, or without an
+    an integer dtype, of which -100 is left out and one that is no class stops the training, see wrong_label
+    (number: how this step is called there; without one, step), or for "mse" floats
+    ``(n, widths[-1])``; both contiguous. The rows are ``index[first : first + rows]``, or without an
     index these of x itself. numbers ``(steps, 2 * layers, 8)`` float32: a row for each parameter, weight,
     bias, weight, ..., from sgd_numbers or adam_numbers, of which ``numbers[step]`` is used. Parameters and
     state are updated in place; copies must be the weights rounded, and stay so.
@@ -354,7 +375,7 @@ def train_step(
     overlap: with programmatic dependent launch, sm_90 and newer. It has never run on a GPU.
     """
     arguments = x, index, first, rows, target, parameters, network, numbers, losses, step, workspace
-    for one in _launches(*arguments, scale, overlap):
+    for one in _launches(*arguments, scale, overlap, step if number is None else number):
         launch(*one)
 
 
@@ -375,7 +396,7 @@ def build_step(
     Raises what train_step raises where a kernel cannot be built, before any step has changed anything.
     """
     arguments = x, index, 0, rows, target, parameters, network, numbers, losses, 0, workspace
-    for one in _launches(*arguments, scale, False):
+    for one in _launches(*arguments, scale, False, 0):
         build(*one)
 
 
@@ -396,17 +417,18 @@ def _launches(
     workspace: Workspace,
     scale: float,
     overlap: bool,
+    number: int,
 ) -> tuple[_Launch, _Launch]:
     """The two launches of train_step."""
     plan = _plan(network, rows, *_setting(workspace), overlap)
     ws = workspace
     for_rows = (
-        first, rows, plan.tiles, x, index, target, _multiplied(parameters), parameters.biases,
-        ws.hidden, ws.grads, ws.partials, scale,
+        first, rows, plan.tiles, number, x, index, target, _multiplied(parameters), parameters.biases,
+        ws.hidden, ws.grads, ws.partials, ws.wrong, scale,
     )  # fmt: skip
     for_weights = (
-        first, rows, plan.tiles, step, x, index, tuple(parameters), ws.hidden, ws.grads, ws.partials, numbers,
-        losses, scale,
+        first, rows, plan.tiles, step, x, index, tuple(parameters), ws.hidden, ws.grads, ws.partials,
+        ws.wrong, numbers, losses, scale,
     )  # fmt: skip
     return (
         (_step_rows_kernel, (plan.tiles,), x, for_rows, plan.rows),
@@ -447,6 +469,6 @@ def train_steps(
     args = (
         first, rows, batch, cdiv(rows, batch), weight_tiles, workspace.arrived, x, index, target,
         _multiplied(parameters), tuple(parameters), workspace.hidden, workspace.grads, workspace.partials,
-        numbers, losses, scale,
+        workspace.wrong, numbers, losses, scale,
     )  # fmt: skip
     launch(_steps_kernel, (programs,), x, args, options)

@@ -8,6 +8,9 @@ import triton
 import triton.language as tl
 
 IGNORED: tl.constexpr = tl.constexpr(-100)  # the class that cross_entropy leaves out
+# The record of labels that are no class: this, or the least code of such a label, which has the number of the
+# step in its upper half and in its lower half the label, cut to 32 bits' range, plus 2**31.
+NONE_WRONG: tl.constexpr = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
@@ -60,10 +63,10 @@ def as_number(x, like_ptr, scale):
 
 
 @triton.jit
-def _cross_entropy(z, target_ptr, source, valid_m, N: tl.constexpr, BLOCK_N: tl.constexpr):
+def _cross_entropy(z, target_ptr, source, valid_m, number, wrong_ptr, N: tl.constexpr, BLOCK_N: tl.constexpr):
     """``(loss, counted, gradient)`` of logits z (BLOCK_M, BLOCK_N) for class indices, neither divided yet.
 
-    A class that does not exist makes its row's loss NaN.
+    A class that does not exist makes its row's loss NaN, and is written down as one of the step ``number``.
     """
     offs_n = tl.arange(0, BLOCK_N)
     label = tl.load(target_ptr + source, mask=valid_m, other=0).to(tl.int64)
@@ -76,6 +79,10 @@ def _cross_entropy(z, target_ptr, source, valid_m, N: tl.constexpr, BLOCK_N: tl.
     hit = offs_n[None, :] == label[:, None]
     loss = top + tl.log(total) - tl.sum(tl.where(hit, z, 0.0), axis=1)
     loss = tl.where(exists, loss, tl.where(counted, float("nan"), 0.0))
+    low = tl.minimum(tl.maximum(label, -(2**31)), 2**31 - 1) + 2**31
+    code = tl.where(counted & (exists == 0), tl.cast(number, tl.int64) * 2**32 + low, NONE_WRONG)
+    code = tl.min(code, axis=0)
+    tl.atomic_min(wrong_ptr, code, mask=code != NONE_WRONG, sem="relaxed")
     grad = e / total[:, None] - tl.where(hit, 1.0, 0.0)
     return loss, counted.to(tl.float32), tl.where(exists[:, None], grad, 0.0)
 
@@ -104,6 +111,8 @@ def rows_of_step(
     hidden,  # of each layer but the last: its output, (rows, BLOCK of N), the same dtype
     grads,  # of each layer: the gradient of its product, likewise
     partials_ptr,  # (2, tiles): sums of the loss and of what it is the mean of
+    number,  # of the step, for the record of wrong labels
+    wrong_ptr,  # that record, one int64
     scale,
     zero,  # 0, which the compiler does not know: see step.unknown_zero
     WIDTHS: tl.constexpr,  # of x and of each layer's output
@@ -142,7 +151,7 @@ def rows_of_step(
         else:
             if LOSS == "cross_entropy":
                 loss, counted, grad = _cross_entropy(
-                    z, target_ptr, source, valid_m, WIDTHS[i + 1], BLOCKS[i + 1]
+                    z, target_ptr, source, valid_m, number, wrong_ptr, WIDTHS[i + 1], BLOCKS[i + 1]
                 )
             else:
                 loss, counted, grad = _squared_error(

@@ -8,7 +8,7 @@ parameter and step, in which the host has computed in double what depends on the
 import triton
 import triton.language as tl
 
-from .step_rows import as_number
+from .step_rows import NONE_WRONG, as_number
 
 # A row of numbers, see step.sgd_numbers and step.adam_numbers:
 #       0          1             2              3          4          5                     6
@@ -93,6 +93,7 @@ def _weight_tile(
     weight_square_ptr,
     bias_square_ptr,
     numbers_ptr,  # (2, NUMBERS): the weight's and the bias's
+    go,  # whether to update anything
     N,
     K,
     FACTOR: tl.constexpr,
@@ -107,7 +108,7 @@ def _weight_tile(
     tiles_k = tl.cdiv(K, BLOCK_K)
     offs_n = tile // tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tile % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    valid_n = offs_n < N
+    valid_n = (offs_n < N) & go
     valid_k = offs_k < K
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -159,8 +160,9 @@ def weights_of_step(
     hidden,
     grads,
     partials_ptr,
+    wrong_ptr,  # the record of labels that are no class: with one in it, no step updates anything
     numbers_ptr,  # (layers, 2, NUMBERS): this step's
-    loss_ptr,  # this step's mean loss goes there
+    loss_ptr,  # this step's mean loss goes there, or NaN
     scale,
     WIDTHS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -174,13 +176,16 @@ def weights_of_step(
     UPCAST: tl.constexpr,
 ):
     FACTOR: tl.constexpr = 1.0 if LOSS == "cross_entropy" else 2.0
+    go = True
+    if LOSS == "cross_entropy":
+        go = tl.load(wrong_ptr) == NONE_WRONG
     begin = tl.cdiv(WIDTHS[1], BLOCK_N) * tl.cdiv(WIDTHS[0], BLOCK_K)
     if tile < begin:
         _weight_tile(
             tile, tiles, first, rows, x_ptr, index_ptr, WIDTHS[0], grads[0], BLOCKS[1], partials_ptr, scale,
             parameters[0][0], parameters[1][0], parameters[2][0], parameters[3][0],
             parameters[4][0], parameters[5][0], parameters[6][0],
-            numbers_ptr, WIDTHS[1], WIDTHS[0], FACTOR, OPTIMIZER, NESTEROV,
+            numbers_ptr, go, WIDTHS[1], WIDTHS[0], FACTOR, OPTIMIZER, NESTEROV,
             BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION, UPCAST,
         )  # fmt: skip
     elif len(WIDTHS) > 2:
@@ -212,8 +217,9 @@ def weights_of_step(
         _weight_tile(
             tile - begin, tiles, 0, rows, a_ptr, None, pitch_a, grad_ptr, pitch_g, partials_ptr, scale,
             weight_ptr, bias_ptr, copy_ptr, weight_moment_ptr, bias_moment_ptr,
-            weight_square_ptr, bias_square_ptr, numbers_ptr, N, K, FACTOR, OPTIMIZER, NESTEROV,
+            weight_square_ptr, bias_square_ptr, numbers_ptr, go, N, K, FACTOR, OPTIMIZER, NESTEROV,
             BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION, UPCAST,
         )  # fmt: skip
     if tile == 0:
-        tl.store(loss_ptr, total_of(partials_ptr, tiles) / total_of(partials_ptr + tiles, tiles))
+        loss = total_of(partials_ptr, tiles) / total_of(partials_ptr + tiles, tiles)
+        tl.store(loss_ptr, tl.where(go, loss, float("nan")))

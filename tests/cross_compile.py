@@ -196,6 +196,7 @@ def training_steps(which: str) -> Iterator[Spec]:
             arguments |= {"weights": stored, "biases": master, "hidden": stored[1:], "grads": stored}
             arguments |= {"parameters": (master, master, copies, master, master, squares, squares)}
             arguments |= dict.fromkeys(("partials_ptr", "numbers_ptr", "losses_ptr"), "*fp32:16")
+            arguments["wrong_ptr"] = "*i64:16"
             arguments |= {"WIDTHS": widths, "BLOCKS": tuple(map(block_of, widths)), "LOSS": loss}
             arguments |= {"OPTIMIZER": optimizer, "NESTEROV": True, "UPCAST": False, "OVERLAP": False}
             arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}

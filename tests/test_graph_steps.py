@@ -6,6 +6,7 @@ captured with.
 
 import copy
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from card import POINTS, Card, CardFailed
 from torch import nn
-from training import CROSS_ENTROPY, batches, plain
+from training import CROSS_ENTROPY, assert_counted, batches, plain, versions, written
 
 import fusedmlp
 from fusedmlp import _capture, _cuda_graph
@@ -128,6 +129,60 @@ def test_warm_up_begins_anew_when_a_graph_is_stale(
         assert steps.train(4, rows=3) == [True, True, False, False]  # another length of batch
         assert steps.train(2) == [False, False]
     card.assert_healthy()
+
+
+@pytest.mark.parametrize("name", ["SGD", "SGD, fused", "Adam", "Adam, fused"])
+def test_a_replay_counts(name: str, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters, state, gradients and what the forward writes to, but nothing that it only reads.
+
+    Of a batch norm's statistics PyTorch itself counts no writing, whatever runs it.
+    """
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.norm = nn.Linear(7, 5), nn.BatchNorm1d(7)
+            self.factor: torch.Tensor
+            self.register_buffer("factor", torch.ones(()))
+            self.total = torch.zeros(())
+            self._seen: list[int] = []
+
+        def forward(self, x: torch.Tensor) -> Any:
+            self.total.add_(1)
+            return self.last(self.norm(x)) * self.factor
+
+    monkeypatch.setattr(sys.modules[__name__], "Seeing", Counting)
+    steps = Steps(name, monkeypatch)
+    steps.train(4)
+    assert steps.captures == 1
+    model = steps.model
+    tensors = written(model, steps.optimizer)
+    tensors |= {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    tensors |= {"batches": model.norm.num_batches_tracked, "total": model.total}
+    replay = _Uncounted(tensors)
+    graph = next(iter(steps.graphs.graphs.values())).graph
+    monkeypatch.setattr(graph, "replay", replay.around(graph.replay))
+    before, factor = versions(tensors), model.get_buffer("factor")._version
+    x, y = batches(1, dtype=torch.float32)[0]
+    steps.graphs(x, y, steps.step._forward_backward, steps.step._update)
+    assert_counted(before, tensors)
+    assert model.get_buffer("factor")._version == factor
+
+
+class _Uncounted:
+    """Makes of the stand-in for a replay, which counts as operators do, one that counts nothing."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def around(self, replay: Callable[[], None]) -> Callable[[], None]:
+        def uncounted() -> None:
+            before = versions(self.tensors)
+            with torch.autograd._unsafe_preserve_version_counter(tuple(self.tensors.values())):
+                replay()
+            assert versions(self.tensors) == before
+
+        return uncounted
 
 
 def test_a_learning_rate_reaches_a_captured_update(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

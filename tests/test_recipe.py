@@ -60,6 +60,12 @@ def mixed() -> nn.Sequential:
     return model.append(nn.ReLU()).append(nn.Linear(5, 5).float())
 
 
+def no_layers() -> nn.Sequential:
+    model = nn.Sequential(nn.Identity())
+    model.register_parameter("unused", nn.Parameter(torch.zeros(3)))
+    return model
+
+
 def frozen() -> nn.Sequential:
     model = mlp()
     model[2].bias.requires_grad_(False)
@@ -75,8 +81,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "ReLU at the start": (lambda: nn.Sequential(nn.ReLU(), *mlp()), "does not follow"),
     "a ReLU in a Linear, at the end": (lambda: fusedmlp.nn.LinearReLU(7, 5).double(), "last layer"),
     "a subclass of Sequential": (lambda: Residual(*mlp()), "Residual"),
-    "a module of somebody's": (lambda: nn.Sequential(nn.ModuleList([])), "ModuleList"),
-    "nothing": (lambda: nn.Sequential(nn.Identity()), "last layer"),
+    "a module of somebody's": (lambda: mlp().append(nn.ModuleList([])), "ModuleList"),
+    "no layers": (no_layers, "last layer"),
     "a late Flatten": (lambda: mlp().append(nn.Flatten()), "Flatten"),
     "tied weights": (tied, "share a parameter"),
     "a layer twice": (twice, "share a parameter"),
@@ -99,8 +105,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_models_that_are_not_known(name: str) -> None:
     build, reason = MODELS[name]
     model = build()
-    parameters = list(model.parameters()) or [nn.Parameter(torch.zeros(()))]
-    step = fusedmlp.TrainStep(model, CROSS_ENTROPY, SGD(parameters))
+    step = fusedmlp.TrainStep(model, CROSS_ENTROPY, SGD(model.parameters()))
     ((x, y),) = batches(1)
     text = step.explain(x, y)
     assert text.startswith("Ordinary")

@@ -119,6 +119,7 @@ def on_kernels(
     scale: float,
     persistent: bool = False,
     index_dtype: torch.dtype | None = torch.int64,
+    record: list[torch.Tensor] | None = None,
 ) -> tuple[Training, torch.Tensor]:
     """The same steps by our launches, in a workspace full of NaN, on copies of model and optimizer."""
     from fusedmlp.kernels import step
@@ -147,6 +148,8 @@ def on_kernels(
         grads=tuple(map(poisoned, made.grads)),
         partials=poisoned(made.partials),
     )
+    if record is not None:
+        record.append(workspace.wrong)
     parameters = step.Parameters(
         *(tuple(part) for part in (data[::2], data[1::2], workspace.copies)),
         *(tuple(part) for part in (firsts[::2], firsts[1::2], squares[::2], squares[1::2])),
@@ -285,15 +288,28 @@ def test_classes_that_are_left_out(device: torch.device) -> None:
     check(given, BATCHES)
 
 
-def test_a_class_that_does_not_exist_makes_the_loss_nan_and_trains_nothing_by_that_row(
-    device: torch.device,
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_a_class_that_does_not_exist_stops_the_training(
+    optimizer: str, persistent: bool, device: torch.device
 ) -> None:
-    given = training((20, 16, 5), "cross_entropy", "plain SGD", device)
-    for wrong in (5, -1, 2**31 + 1):
-        given.target[given.order[2]] = wrong
-        ours, losses = on_kernels(given, BATCHES, torch.float32, 1.0)
-        assert losses.isnan().tolist() == [True, False, False]
-        assert all(t.isfinite().all() for t in all_of(ours))
+    """From its step on nothing is updated, not by momentum or decay either; the first of all is on record."""
+    from fusedmlp.kernels import step
+
+    widths = (32, 16, 5) if persistent else (20, 17, 5)
+    given = training(widths, "cross_entropy", optimizer, device)
+    right, _ = on_kernels(given, BATCHES[:1], torch.float32, 1.0, persistent=persistent)
+    for wrong in (5, -1, 2**31 + 1, -(2**40), -99):
+        target = given.target.clone()
+        target[given.order[30]] = wrong  # in the second step, and another one in the third
+        target[given.order[37]] = -7
+        record: list[torch.Tensor] = []
+        ours, losses = on_kernels(
+            given._replace(target=target), BATCHES, torch.float32, 1.0, persistent=persistent, record=record
+        )
+        assert losses.isnan().tolist() == [False, True, True]
+        for our, its in zip(all_of(ours), all_of(right), strict=True):
+            assert torch.equal(our, its)
+        assert step.wrong_label(record[0]) == (1, max(-(2**31), min(wrong, 2**31 - 1)))
 
 
 def test_only_left_out_classes(device: torch.device) -> None:

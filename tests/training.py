@@ -92,3 +92,22 @@ class Twins:
 def assert_close(ours: Any, theirs: Any) -> None:
     """In float64, where no formula but the right one agrees so closely; NaN for NaN."""
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
+def written(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Parameters and state."""
+    found: dict[str, torch.Tensor] = dict(model.named_parameters())
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            if value is not None:
+                found[f"{key} of {name}"] = value
+    return found
+
+
+def versions(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    return {name: tensor._version for name, tensor in tensors.items()}
+
+
+def assert_counted(before: dict[str, int], tensors: dict[str, torch.Tensor]) -> None:
+    missed = [name for name, tensor in tensors.items() if tensor._version <= before[name]]
+    assert not missed
