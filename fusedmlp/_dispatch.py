@@ -443,5 +443,5 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 # What torch.compiler.assume_constant_result does, which imports the whole compiler: these ask in ways that
 # cannot be traced what cannot change, or what torch.compile guards anyway.
-for _function in (_interpreting, _transformed, _ieee_float32, _why_not_here, _why_closed, why_patched):
+for _function in (_interpreting, _transformed, _ieee_float32, _why_not_here, _why_closed):
     vars(_function)["_dynamo_marked_constant"] = True

@@ -6,7 +6,7 @@ is trusted. The order of the questions is by what they cost.
 
 import functools
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -135,7 +135,7 @@ def recipe_of(
     states = _states_of(parameters, groups, optimizer, update)
     if isinstance(states, str):
         return states
-    memory = _memory_of(parameters, _state_tensors(states, groups, update))
+    memory = memory_of([*parameters, *_state_tensors(states, groups, update)])
     rates = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], torch.Tensor)]
     if memory is None or any(map(memory.touch, rates)):
         return "two parameters, or a parameter and the optimizer's state or learning rate, share memory"
@@ -391,10 +391,9 @@ def _state_tensors(
     return [state[name] for state in states for name in ("step", "exp_avg", "exp_avg_sq")]
 
 
-def _memory_of(parameters: Sequence[torch.Tensor], states: list[torch.Tensor]) -> Spans | None:
+def memory_of(tensors: list[torch.Tensor]) -> Spans | None:
     """Where these contiguous tensors lie, or None if two of them share memory.
 
     A step that works on one after the other, or on all at once, would find there what it wrote for another.
     """
-    tensors = [*parameters, *states]
     return _spans(tuple([t.data_ptr() for t in tensors]), tuple([t.nbytes for t in tensors]))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fusedmlp import _arguments, _backend, _capture, _direct, _two_launches
-from fusedmlp._recipe import NO_STATE, Recipe, recipe_of, why_watched
+from fusedmlp._recipe import NO_STATE, Recipe, memory_of, recipe_of, why_watched
 from fusedmlp._warn import warn
 
 LossFunction = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -34,6 +34,10 @@ class TrainStep:
     Everything is read anew at each call: learning rates that a scheduler sets, values that are loaded, layers
     that are frozen. On a GPU the step is replayed from a CUDA graph, so Python code in the model runs only
     in the first steps of a shape and whenever an attribute, a parameter or a setting has changed.
+
+    What is done to one tensor may show in another, or be seen by a hook: where parameters, the optimizer's
+    state, x or y share memory, where somebody holds a parameter's AccumulateGrad node, and where one of
+    PyTorch's own functions was replaced for all, the step is the ordinary one, and :meth:`explain` says so.
 
     A label that is no class is an IndexError. A step in two launches on a GPU does not wait for that: it and
     the steps after it change nothing and return NaN, and one of the next calls raises, with the step's number
@@ -207,6 +211,13 @@ class TrainStep:
             return recipe
         if self._asked_dtype is not None and recipe.weights[0].dtype is not torch.float32:
             return f"compute_dtype is given, and the model is {recipe.weights[0].dtype}"
+        if self._accumulated > 0:
+            grads = [p.grad for p in recipe.parameters if p.grad is not None]
+            if any(grad.layout is not torch.strided or not grad.is_contiguous() for grad in grads):
+                return "a gradient that waits in .grad is not contiguous"
+            memory = memory_of([*recipe.written(), *grads])
+            if memory is None or memory.touch(x) or memory.touch(y):
+                return "a gradient that waits in .grad shares memory with something else"
         return _direct.why_not(recipe, x, y) or recipe
 
     def _compute_dtype(self, x: torch.Tensor) -> torch.dtype | None:

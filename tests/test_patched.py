@@ -17,7 +17,7 @@ from torch.optim import adam, sgd
 from training import CROSS_ENTROPY, MSE, OPTIMIZERS, Twins, batches, mlp
 
 import fusedmlp
-from fusedmlp import _capture, _cuda_graph, _patched, nn
+from fusedmlp import _capture, _cuda_graph, _patched, functional, nn
 
 LAYERS: dict[str, tuple[Any, str]] = {
     "torch.nn.Linear.forward": (tnn.Linear, "forward"),
@@ -193,4 +193,24 @@ def test_nothing_is_taken_for_replaced() -> None:
     torch.compile(model, backend="eager")(torch.randn(2, 3))
     torch.fx.symbolic_trace(model)
     assert _patched.why_step_patched() is None
-    assert len(_patched._NAMES) == len(_patched._LAYERS) + len(_patched._STEPS)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", sorted({*LAYERS} - {"torch.nn.Module._call_impl"}))  # compiled away
+def test_what_is_compiled_notices_it_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the kernels are in the compiled code."""
+    torch.compiler.reset()
+    model, x = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(4, 5)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    noted: list[str | None] = []
+    real = functional.fused_mlp
+    monkeypatch.setattr(functional, "fused_mlp", lambda *a: (noted.append(None), real(*a))[1])
+    with torch.no_grad(), taken(Route(True)):
+        before = compiled(x)
+        assert noted
+        noted.clear()
+        with monkeypatch.context() as patched:
+            patch(name, patched, [])
+            compiled(x)
+            assert not noted
+        assert torch.equal(compiled(x), before)

@@ -128,6 +128,43 @@ def test_a_step_is_the_loops(kind: Callable[[Case], Case], optimizer: str) -> No
         assert "memory" in said, said
 
 
+def grads_in_one_place(model: nn.Module) -> None:
+    parameters = list(model.parameters())
+    for first, second in itertools.pairwise(parameters[::2]):
+        second.grad.data = first.grad.data  # type: ignore[union-attr]
+
+
+def grads_in_the_parameters(model: nn.Module) -> None:
+    for parameter in list(model.parameters())[2:4]:
+        parameter.data = parameter.grad.data  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("change", [grads_in_one_place, grads_in_the_parameters, None])
+def test_gradients_that_wait(change: Callable[[nn.Module], None] | None) -> None:
+    """Between the calls that accumulate; or x is such a gradient."""
+    losses, states = [], []
+    for fused in (True, False):
+        model, made, x, y = parts("SGD, Nesterov")
+        step = fusedmlp.TrainStep(model, MSE, made, accumulate=2)
+        made.zero_grad()
+        (step(x, y) if fused else (MSE(model(x), y) / 2).backward())
+        if change is not None:
+            change(model)
+        else:
+            x = model[0].weight.grad.data
+        if fused:
+            assert "shares memory" in step.explain(x, y)
+            losses.append(step(x, y))
+        else:
+            loss = MSE(model(x), y)
+            (loss / 2).backward()
+            made.step()
+            losses.append(loss.detach())
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+    assert_close(*losses)
+    assert_close(*states)
+
+
 def test_the_smallest_case() -> None:
     model = mlp(bias=False, widths=(1, 1, 1, 1))
     for parameter in model.parameters():
@@ -214,7 +251,7 @@ def test_what_shares_a_number_is_found(data: st.DataObject) -> None:
 
     pieces = [piece() for _ in range(data.draw(st.integers(1, 4)))]
     apart = all(numbers(one).isdisjoint(numbers(two)) for one, two in itertools.combinations(pieces, 2))
-    spans = _recipe._memory_of(pieces, [])
+    spans = _recipe.memory_of(pieces)
     assert (spans is not None) == apart
     if spans is not None:
         x = view()
