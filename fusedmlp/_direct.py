@@ -6,7 +6,6 @@ The same formulas as autograd's, in PyTorch's own operators, so NaN and infiniti
 from typing import Any
 
 import torch
-from torch.optim.adam import adam
 
 from fusedmlp import _onednn
 from fusedmlp._recipe import SHARES_MEMORY, Recipe
@@ -45,7 +44,9 @@ def why_not(recipe: Recipe, x: torch.Tensor, y: torch.Tensor) -> str | None:
             return f"y is {tuple(y.shape)} of {y.dtype}; class numbers are known, int64, one for each row"
     elif y.dtype is not dtype or y.shape != (rows, recipe.weights[-1].shape[0]):
         return f"y is {tuple(y.shape)} of {y.dtype}, not like the output of the model"
-    if recipe.memory.touch(x) or recipe.memory.touch(y):
+    # SGD updates each layer as soon as it can, before the layers below have read x for the last time; y has
+    # been read by then, and other updates come last of all.
+    if recipe.update == "sgd" and recipe.memory.touch(x):
         return SHARES_MEMORY
     return None
 
@@ -88,7 +89,8 @@ def run(
         if compute_dtype is not None:
             weights = [weight.to(compute_dtype) for weight in weights]
         onednn = by_onednn(x, compute_dtype)
-        x = (x.flatten(1) if recipe.flatten else x).to(compute_dtype or x.dtype)
+        x = x.flatten(1) if recipe.flatten else x
+        x = x if compute_dtype is None else x.to(compute_dtype)
         tensors = _forward(recipe, weights, x, onednn)
         loss, tensors[-1] = _loss(recipe, tensors[-1], y, 1 / accumulate)
         grads = _backward(recipe, weights, tensors, at_once, onednn)
@@ -125,7 +127,8 @@ def _forward(
 
 def _loss(recipe: Recipe, output: torch.Tensor, y: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
     """The loss, and its gradient with regard to the output, times scale."""
-    output = output.to(recipe.weights[0].dtype)
+    if output.dtype is not recipe.weights[0].dtype:
+        output = output.to(recipe.weights[0].dtype)
     scaled = output.new_full((), scale)
     if recipe.loss == "mse":
         return _mse_loss(output, y, _MEAN), _mse_loss_backward(scaled, output, y, _MEAN)
@@ -158,12 +161,15 @@ def _backward(
                 _descend(bias, grad_bias, *next(rest))
             else:
                 grads.append(grad_bias)
-        grad_output = grad_output.to(x.dtype)
+        if grad_output.dtype is not x.dtype:
+            grad_output = grad_output.to(x.dtype)
         riding = None
         if at_once:
             group, state = next(rest)
             riding = _riding(weight, x, group, onednn)
-        grad_weight = None if riding is not None else _grad_weight(grad_output, x, onednn).to(weight.dtype)
+        grad_weight = None if riding is not None else _grad_weight(grad_output, x, onednn)
+        if grad_weight is not None and grad_weight.dtype is not weight.dtype:
+            grad_weight = grad_weight.to(weight.dtype)
         if i > 0:  # before the weight changes
             tensors.append(_grad_input(grad_output, cast, onednn))
             _threshold_backward(tensors[-1], x, 0, grad_input=tensors[-1])
@@ -209,7 +215,7 @@ def _descend(
 
 
 def _update(recipe: Recipe, grads: list[torch.Tensor]) -> None:
-    """By all gradients; of Adam by PyTorch's own function, a group of parameters at a time."""
+    """By all gradients; of Adam by PyTorch's own fused operator, a group of parameters at a time."""
     if recipe.update == "sgd":
         for each in zip(recipe.parameters, grads, recipe.groups, recipe.states, strict=True):
             _descend(*each)
@@ -221,15 +227,16 @@ def _update(recipe: Recipe, grads: list[torch.Tensor]) -> None:
         group = recipe.groups[indices[0]]
         states = [recipe.states[i] for i in indices]
         beta1, beta2 = group["betas"]
-        adam(
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        fused = torch._fused_adamw_ if recipe.update == "adamw" else torch._fused_adam_
+        fused(  # as torch.optim.Adam calls it, on tensors that are known to be of one dtype on the CPU
             [recipe.parameters[i] for i in indices],
             [grads[i] for i in indices],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            [state["step"] for state in states],
-            fused=True,
-            decoupled_weight_decay=recipe.update == "adamw",
+            steps,
             amsgrad=False,
             beta1=float(beta1),
             beta2=float(beta2),
@@ -238,11 +245,11 @@ def _update(recipe: Recipe, grads: list[torch.Tensor]) -> None:
             eps=float(group["eps"]),
             maximize=False,
         )
-    torch.autograd.graph.increment_version(recipe.written())  # which the fused form of adam leaves out
+    torch.autograd.graph.increment_version(recipe.written)  # which fused operators leave out
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, onednn: bool) -> torch.Tensor:
-    if bias is not None:
+    if bias is not None and bias.dtype is not x.dtype:  # to() takes time where it does nothing
         bias = bias.to(x.dtype)
     if onednn and _onednn.pays(x.shape[0] * weight.numel(), weight.shape[1]):
         return _onednn.product(x, weight, bias)

@@ -7,9 +7,12 @@ that was there when this package was imported.
 from typing import Any
 
 import torch
+from torch import autograd
 from torch.nn import functional as F
 from torch.optim import adam, adamw, sgd
 
+_Linear, _ReLU, _Sequential = torch.nn.Linear, torch.nn.ReLU, torch.nn.Sequential  # by name, as steps ask
+_Flatten, _Module, _Tensor = torch.nn.Flatten, torch.nn.Module, torch.Tensor
 LINEAR_FORWARD, SEQUENTIAL_FORWARD = torch.nn.Linear.forward, torch.nn.Sequential.forward
 CALL_IMPL, RELU = torch.nn.Module._call_impl, F.relu
 _RELU_FORWARD, _LINEAR = torch.nn.ReLU.forward, F.linear
@@ -20,13 +23,13 @@ def why_patched() -> str | None:
 
     One by one, so that torch.compile sees each, and compiles anew when it is another.
     """
-    if torch.nn.Linear.forward is not LINEAR_FORWARD:
+    if _Linear.forward is not LINEAR_FORWARD:
         return "torch.nn.Linear.forward was replaced"
-    if torch.nn.Sequential.forward is not SEQUENTIAL_FORWARD:
+    if _Sequential.forward is not SEQUENTIAL_FORWARD:
         return "torch.nn.Sequential.forward was replaced"
-    if torch.nn.ReLU.forward is not _RELU_FORWARD:
+    if _ReLU.forward is not _RELU_FORWARD:
         return "torch.nn.ReLU.forward was replaced"
-    if torch.nn.Module._call_impl is not CALL_IMPL:
+    if _Module._call_impl is not CALL_IMPL:
         return "torch.nn.Module._call_impl was replaced"
     if F.linear is not _LINEAR:
         return "torch.nn.functional.linear was replaced"
@@ -35,24 +38,31 @@ def why_patched() -> str | None:
     return None
 
 
-_STEP: dict[str, tuple[Any, str]] = {
-    "torch.nn.Flatten.forward": (torch.nn.Flatten, "forward"),
-    "torch.nn.functional.cross_entropy": (F, "cross_entropy"),
-    "torch.nn.functional.mse_loss": (F, "mse_loss"),
-    "torch.Tensor.backward": (torch.Tensor, "backward"),
-    "torch.autograd.backward": (torch.autograd, "backward"),
-    "torch.optim.sgd.sgd": (sgd, "sgd"),
-    "torch.optim.adam.adam": (adam, "adam"),
-    "torch.optim.adamw.adamw": (adamw, "adamw"),
-}
-_FUNCTIONS = [
-    (name, owner, attribute, getattr(owner, attribute)) for name, (owner, attribute) in _STEP.items()
-]
+def _of_steps() -> tuple[Any, ...]:
+    return (
+        _Flatten.forward,
+        F.cross_entropy,
+        F.mse_loss,
+        _Tensor.backward,
+        autograd.backward,
+        sgd.sgd,
+        adam.adam,
+        adamw.adamw,
+    )
+
+
+_STEPS = _of_steps()
+_NAMES = (
+    *("torch.nn.Flatten.forward", "torch.nn.functional.cross_entropy", "torch.nn.functional.mse_loss"),
+    *("torch.Tensor.backward", "torch.autograd.backward"),
+    *("torch.optim.sgd.sgd", "torch.optim.adam.adam", "torch.optim.adamw.adamw"),
+)
 
 
 def why_step_patched() -> str | None:
     """The same for a whole step of training."""
-    for name, owner, attribute, function in _FUNCTIONS:
-        if getattr(owner, attribute) is not function:
-            return f"{name} was replaced"
+    now = _of_steps()
+    if now != _STEPS:
+        replaced = zip(_NAMES, now, _STEPS, strict=True)
+        return f"{next(name for name, is_now, was in replaced if is_now is not was)} was replaced"
     return why_patched()

@@ -4,18 +4,36 @@ Asked anew at every step, as anything may have changed since: nothing here is ca
 is trusted. The order of the questions is by what they cost.
 """
 
-import functools
+import operator
 from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 from torch.optim import optimizer as _optimizer
 
 from fusedmlp import _backend, nn
 from fusedmlp._patched import why_step_patched
+
+# By name, as the first look at each thing in a step waits for memory: a module's attribute is another three.
+_Parameter, _Tensor, _Module, _SGD = torch.nn.Parameter, torch.Tensor, torch.nn.Module, torch.optim.SGD
+_ReLU, _Flatten, _Identity = torch.nn.ReLU, torch.nn.Flatten, torch.nn.Identity
+_is_grad_enabled, _is_autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
+_is_anomaly_enabled = torch.is_anomaly_enabled
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+# And for map: every step asks each tensor.
+_LAST = 2**64  # no address is so large
+_data_ptr, _nbytes = torch.Tensor.data_ptr, operator.attrgetter("nbytes")
+_is_contiguous, _shape_of = torch.Tensor.is_contiguous, operator.attrgetter("dtype", "shape", "is_cpu")
+_look_at = operator.attrgetter(
+    "__class__", "requires_grad", "dtype", "is_cpu", "_backward_hooks", "_post_accumulate_grad_hooks"
+)
+_use_count = torch.Tensor._use_count  # type: ignore[attr-defined, unused-ignore]
 
 Loss = Literal["cross_entropy", "mse"]
 Update = Literal["sgd", "adam", "adamw"]
@@ -31,7 +49,8 @@ class Recipe(NamedTuple):
     layer, all on one device and of one dtype. update: of SGD, Adam or AdamW. parameters: those that there
     are, as weight, bias, weight, ...; groups and states: for each of them its group of hyper-parameters and
     the optimizer's own state, complete: ``momentum_buffer`` where momentum is not 0, or ``step``,
-    ``exp_avg`` and ``exp_avg_sq``. memory: where parameters and state lie, no two of them on one another.
+    ``exp_avg`` and ``exp_avg_sq``. written: all tensors that the optimizer's step writes to, parameters and
+    state; memory: where they lie, no two of them on one another.
     """
 
     flatten: bool
@@ -42,18 +61,14 @@ class Recipe(NamedTuple):
     parameters: list[torch.nn.Parameter]
     groups: list[dict[str, Any]]
     states: list[dict[str, Any]]
+    written: list[torch.Tensor]
     memory: "Spans"
-
-    def written(self) -> list[torch.Tensor]:
-        """All tensors that the optimizer's step writes to: parameters and state."""
-        return [*self.parameters, *_state_tensors(self.states, self.groups, self.update)]
 
 
 class Spans(NamedTuple):
-    """Pieces of memory that do not overlap: their first addresses, in order, and where each ends."""
+    """Pieces of memory that do not overlap: where each begins and ends, in order."""
 
-    starts: tuple[int, ...]
-    ends: tuple[int, ...]
+    pieces: list[tuple[int, int]]
 
     def touch(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor, which is strided, lies in one of them, were it with a gap between its rows."""
@@ -63,18 +78,27 @@ class Spans(NamedTuple):
             steps = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
             size = (sum(steps) + 1) * tensor.itemsize if tensor.numel() > 0 else 0
         start = tensor.data_ptr()
-        after = bisect_right(self.starts, start)  # the first that begins behind it
-        return (after > 0 and self.ends[after - 1] > start and size > 0) or (
-            after < len(self.starts) and self.starts[after] < start + size
+        after = bisect_right(self.pieces, (start, _LAST))  # the first piece that begins behind it
+        return size > 0 and (
+            (after > 0 and self.pieces[after - 1][1] > start)
+            or (after < len(self.pieces) and self.pieces[after][0] < start + size)
         )
 
 
-@functools.lru_cache(64)  # a function of these numbers alone, which mostly are those of the step before
-def _spans(starts: tuple[int, ...], sizes: tuple[int, ...]) -> Spans | None:
-    """The pieces of so many bytes at these addresses, or None if two of them overlap."""
-    pieces = sorted((start, start + size) for start, size in zip(starts, sizes, strict=True) if size > 0)
-    begins, ends = tuple(start for start, _ in pieces), tuple(end for _, end in pieces)
-    return Spans(begins, ends) if all(map(int.__le__, ends, begins[1:])) else None
+def memory_of(tensors: list[torch.Tensor]) -> Spans | None:
+    """Where these contiguous tensors lie, or None if two of them share memory.
+
+    A step that works on one after the other, or on all at once, would find there what it wrote for another.
+    """
+    pieces = []
+    last = 0
+    for start, size in sorted(zip(map(_data_ptr, tensors), map(_nbytes, tensors), strict=True)):
+        if size > 0:
+            if start < last:
+                return None
+            last = start + size
+            pieces.append((start, last))
+    return Spans(pieces)
 
 
 def recipe_of(
@@ -92,7 +116,7 @@ def recipe_of(
         for name in _REFUSED:
             if group.get(name, False):
                 return f"the optimizer has {name}=True"
-    if _has_any_global_hook() or torch.nn.Module.__call__ is not nn._MODULE_CALL:
+    if _has_any_global_hook() or _Module.__call__ is not nn._MODULE_CALL:
         return "a global hook of modules is registered, or Module.__call__ was replaced"
     if type(model) not in _CONTAINERS and type(model) not in nn._LINEARS:
         return f"the model is a {type(model).__name__}; a Sequential of Linear and ReLU is known"
@@ -112,34 +136,36 @@ def recipe_of(
             weights.append(module._parameters["weight"])  # type: ignore[arg-type]  # a Linear's is not None
             biases.append(module._parameters["bias"])
             relu = kind is nn.LinearReLU
-        elif kind is torch.nn.ReLU:
+        elif kind is _ReLU:
             if relu:
                 return "a ReLU does not follow a Linear"
             relu = True
-        elif kind is torch.nn.Flatten:
+        elif kind is _Flatten:
             if weights or flatten or module.start_dim != 1 or module.end_dim != -1:
                 return "a Flatten is not the first of the layers, or keeps some dimensions"
             flatten = True
-        elif kind is not torch.nn.Identity:
+        elif kind is not _Identity:
             return f"there is a {kind.__name__} among the layers; Linear and ReLU are known"
     if relu:
         return "the last layer is not a Linear without a ReLU"
-    if (reason := _why_parameters_unknown(weights, biases)) is not None:
-        return reason
     parameters = [p for pair in zip(weights, biases, strict=True) for p in pair if p is not None]
+    if (reason := _why_parameters_unknown(weights, biases, parameters)) is not None:
+        return reason
     groups = _groups_of(parameters, optimizer)
     if isinstance(groups, str):
         return groups
     decoupled = groups[0].get("decoupled_weight_decay", False)
-    update: Update = "sgd" if type(optimizer) is torch.optim.SGD else "adamw" if decoupled else "adam"
-    states = _states_of(parameters, groups, optimizer, update)
-    if isinstance(states, str):
-        return states
-    memory = memory_of([*parameters, *_state_tensors(states, groups, update)])
-    rates = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], torch.Tensor)]
-    if memory is None or any(map(memory.touch, rates)):
+    update: Update = "sgd" if type(optimizer) is _SGD else "adamw" if decoupled else "adam"
+    found = _states_of(parameters, groups, optimizer, update)
+    if isinstance(found, str):
+        return found
+    states, written = found[0], [*parameters, *found[1]]
+    memory = memory_of(written)
+    rates = [group["lr"] for group in optimizer.param_groups if type(group["lr"]) is not float]
+    if memory is None or any(memory.touch(rate) for rate in rates if isinstance(rate, torch.Tensor)):
         return "two parameters, or a parameter and the optimizer's state or learning rate, share memory"
-    return Recipe(flatten, weights, biases, loss, update, parameters, groups, states, memory)  # type: ignore[arg-type]
+    known: Any = loss
+    return Recipe(flatten, weights, biases, known, update, parameters, groups, states, written, memory)
 
 
 def why_watched(device_type: str, forced: bool = False) -> str | None:
@@ -147,21 +173,21 @@ def why_watched(device_type: str, forced: bool = False) -> str | None:
 
     forced: it runs on the kernels, as under ``backend("triton")``.
     """
-    if not torch.is_grad_enabled():
+    if not _is_grad_enabled():
         return "grad mode is off, under which a backward raises"
-    if torch.is_autocast_enabled(device_type):
+    if _is_autocast_enabled(device_type):
         return "autocast is on"
     if not _backend.quiet() and not (forced and _backend.forced()):
         return "explain() is recording, or backend('triton') is in force"
-    if torch.is_anomaly_enabled():
+    if _is_anomaly_enabled():
         return "anomaly detection is on"
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0:
+    if _dispatch_modes() > 0 or _function_modes() > 0:
         return "a TorchDispatchMode or TorchFunctionMode is active"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _are_transforms_active() or forward_ad._current_level >= 0:
         return "a torch.func transform or forward-mode differentiation is active"
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if _top_hooks(True) is not None:
         return "a hook on saved tensors is in force"
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return "torch.compile is tracing"
     return None
 
@@ -278,40 +304,37 @@ def has_node(parameter: torch.Tensor) -> bool:
     The node holds the parameter, is made when it is first asked for, and lives no longer than somebody holds
     it: so it is there if, once we have asked for it, nobody more than before holds the parameter.
     """
-    holders = parameter._use_count()  # type: ignore[attr-defined, unused-ignore]  # not in every version's types
-    if holders == 1:  # the object in Python: this is almost always so
+    holders = _use_count(parameter)
+    if holders == 1:
         return False
     node = torch.autograd.graph.get_gradient_edge(parameter).node
-    there: bool = parameter._use_count() == holders  # type: ignore[attr-defined, unused-ignore]
+    there: bool = _use_count(parameter) == holders
     del node
     return there
 
 
 def _why_parameters_unknown(
-    weights: list[torch.nn.Parameter], biases: list[torch.nn.Parameter | None]
+    weights: list[torch.nn.Parameter],
+    biases: list[torch.nn.Parameter | None],
+    parameters: list[torch.nn.Parameter],
 ) -> str | None:
-    first = weights[0]
-    dtype, on_cpu, device = first.dtype, first.is_cpu, first.device
-    seen: set[int] = set()
-    columns = None
-    for weight, bias in zip(weights, biases, strict=True):
-        for parameter in (weight,) if bias is None else (weight, bias):
+    # Of all at once, and one by one only where something is unusual.
+    usual = (_Parameter, True, weights[0].dtype, True, None, None)
+    if list(map(_look_at, parameters)) != [usual] * len(parameters):
+        first = weights[0]
+        for parameter in parameters:
             if type(parameter) is not torch.nn.Parameter:
                 return f"a parameter is a {type(parameter).__name__}"
-            if not parameter.requires_grad or parameter.is_inference():
-                return "a parameter is frozen, or was made in inference mode"
-            # To compare devices takes longer than all else here.
-            if parameter.dtype is not dtype or not (
-                (parameter.is_cpu and on_cpu) or parameter.device == device
-            ):
+            if not parameter.requires_grad:
+                return "a parameter is frozen: requires_grad is False"
+            if parameter.dtype is not first.dtype or parameter.device != first.device:
                 return "the parameters are not all of one dtype on one device"
-            if not parameter.is_contiguous():
-                return "a parameter is not contiguous in memory"
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 return "a parameter has a hook"
-            if has_node(parameter):
-                return NODE_IS_HELD
-            seen.add(id(parameter))
+    if not all(map(_is_contiguous, parameters)):
+        return "a parameter is not contiguous in memory"
+    columns = None
+    for weight, bias in zip(weights, biases, strict=True):
         shape = weight.shape
         if (
             len(shape) != 2
@@ -320,14 +343,23 @@ def _why_parameters_unknown(
         ):
             return "the shapes of the layers do not fit"
         columns = shape[0]
-    if len(seen) != 2 * len(weights) - sum(bias is None for bias in biases):
+    if len(set(map(id, parameters))) != len(parameters):
         return "two layers share a parameter"
+    # Each is held by its object in Python, and almost always by nobody else.
+    if sum(map(_use_count, parameters)) != len(parameters) and any(map(has_node, parameters)):
+        return NODE_IS_HELD
+    if weights[0].is_inference():
+        return "the model was made in inference mode"
     return None
 
 
 def _groups_of(
     parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> list[dict[str, Any]] | str:
+    if len(optimizer.param_groups) == 1:
+        (group,) = optimizer.param_groups
+        if list(map(id, group["params"])) == list(map(id, parameters)):  # in this order, as is usual
+            return [group] * len(parameters)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     if len(groups) != len(parameters):
         return "the optimizer has not just the parameters of the model"
@@ -346,54 +378,32 @@ def _states_of(
     groups: list[dict[str, Any]],
     optimizer: torch.optim.Optimizer,
     update: Update,
-) -> list[dict[str, Any]] | str:
-    states = []
-    tensors: tuple[Any, ...]
-    of = optimizer.state
-    for parameter, group in zip(parameters, groups, strict=True):
-        state = of.get(parameter)
-        if state is None:
-            state = {}
-        states.append(state)
-        if update == "sgd":
-            if group["momentum"] == 0:
-                continue
-            tensors = (state.get("momentum_buffer"),)
-        else:
-            tensors = (state.get("exp_avg"), state.get("exp_avg_sq"))
-            step = state.get("step")
-            if step is None:
-                return NO_STATE
-            if type(step) is not torch.Tensor or step.dtype is not torch.float32 or step.dim() != 0:
-                return "the optimizer's count of steps is not a float32 tensor"
-        dtype, shape, on_cpu = parameter.dtype, parameter.shape, parameter.is_cpu
-        for tensor in tensors:
-            if tensor is None:
-                return NO_STATE
-            if (
-                type(tensor) is not torch.Tensor
-                or tensor.dtype is not dtype
-                or tensor.shape != shape
-                or not ((tensor.is_cpu and on_cpu) or tensor.device == parameter.device)
-                or not tensor.is_contiguous()
-            ):
-                return "the optimizer's state is not of the parameter's shape, dtype and device"
-    return states
-
-
-def _state_tensors(
-    states: list[dict[str, Any]], groups: list[dict[str, Any]], update: Update
-) -> list[torch.Tensor]:
-    """What the optimizer's step writes to besides the parameters."""
+) -> tuple[list[dict[str, Any]], list[torch.Tensor]] | str:
+    """Of each parameter, and all tensors in it together; or why not known."""
+    having = [i for i, group in enumerate(groups) if update != "sgd" or group["momentum"] != 0]
+    if not having:  # a step takes nothing from the state, so nobody looks for it
+        return [{}] * len(parameters), []
+    states = [optimizer.state.get(parameter) or {} for parameter in parameters]
+    owners = [parameters[i] for i in having]  # of each tensor in moments, which has to be like it
+    moments: list[Any]
+    steps: list[Any] = []
     if update == "sgd":
-        pairs = zip(states, groups, strict=True)
-        return [state["momentum_buffer"] for state, group in pairs if group["momentum"] != 0]
-    return [state[name] for state in states for name in ("step", "exp_avg", "exp_avg_sq")]
-
-
-def memory_of(tensors: list[torch.Tensor]) -> Spans | None:
-    """Where these contiguous tensors lie, or None if two of them share memory.
-
-    A step that works on one after the other, or on all at once, would find there what it wrote for another.
-    """
-    return _spans(tuple([t.data_ptr() for t in tensors]), tuple([t.nbytes for t in tensors]))
+        moments = [states[i].get("momentum_buffer") for i in having]
+    else:
+        owners += owners
+        moments = [state.get(name) for name in ("exp_avg", "exp_avg_sq") for state in states]
+        steps = [state.get("step") for state in states]
+    kinds = set(map(type, moments + steps))
+    if type(None) in kinds:
+        return NO_STATE
+    if kinds != {_Tensor}:
+        return "the optimizer's state is not made of plain tensors"
+    if any(step.dtype is not torch.float32 or step.dim() != 0 for step in steps):
+        return "the optimizer's count of steps is not a float32 tensor"
+    if (
+        list(map(_shape_of, moments)) != list(map(_shape_of, owners))
+        or not all(map(_is_contiguous, moments))
+        or not (parameters[0].is_cpu or {t.device for t in moments} == {parameters[0].device})
+    ):
+        return "the optimizer's state is not of the parameter's shape, dtype and device"
+    return states, moments + steps

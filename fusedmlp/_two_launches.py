@@ -346,7 +346,7 @@ def _advance(recipe: Recipe, steps: int) -> None:
         return
     for parameter in recipe.parameters:
         parameter.grad = None
-    torch.autograd.graph.increment_version(recipe.written())
+    torch.autograd.graph.increment_version(recipe.written)
     if recipe.update != "sgd":
         torch._foreach_add_(_counts_of(recipe), float(steps))
 

@@ -215,7 +215,7 @@ class TrainStep:
             grads = [p.grad for p in recipe.parameters if p.grad is not None]
             if any(grad.layout is not torch.strided or not grad.is_contiguous() for grad in grads):
                 return "a gradient that waits in .grad is not contiguous"
-            memory = memory_of([*recipe.written(), *grads])
+            memory = memory_of([*recipe.written, *grads])
             if memory is None or memory.touch(x) or memory.touch(y):
                 return "a gradient that waits in .grad shares memory with something else"
         return _direct.why_not(recipe, x, y) or recipe

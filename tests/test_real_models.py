@@ -314,3 +314,19 @@ def test_on_the_kernels(name: str, device: torch.device, monkeypatch: pytest.Mon
         [ours[what] for what in names], [torchs[what] for what in names], [exact[what] for what in names],
         names, again,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "ghostnet_050"])
+def test_shortcuts_that_are_empty_sequentials(name: str) -> None:
+    """Two of the models that all_models.py compares; it takes half an hour for all of them."""
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    import all_models
+
+    if name == "ghostnet_050":
+        model = pytest.importorskip("timm", reason="timm is not installed").create_model(name)
+    else:
+        import torchvision
+
+        model = torchvision.models.get_model(name)
+    assert any(type(module) is nn.Sequential and len(module) == 0 for module in model.modules())
+    assert all_models.compare(model, 64) == ([], [])

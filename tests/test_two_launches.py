@@ -186,9 +186,9 @@ def test_an_epoch_goes_in_two_launches(device: torch.device, monkeypatch: pytest
     launched: list[tuple[int, int]] = []
     train_step = kernels.train_step
 
-    def noted(x: Any, index: Any, first: int, rows: int, *rest: Any) -> None:
+    def noted(x: Any, index: Any, first: int, rows: int, *rest: Any, **options: Any) -> None:
         launched.append((first, rows))
-        train_step(x, index, first, rows, *rest)
+        train_step(x, index, first, rows, *rest, **options)
 
     monkeypatch.setattr(kernels, "train_step", noted)
     model = network(device)
@@ -226,10 +226,14 @@ def test_what_a_step_leaves_behind(device: torch.device) -> None:
         model, torch.nn.functional.cross_entropy, OPTIMIZERS["plain SGD"](model.parameters())
     )
     x, y = batch(device)
-    later = model(x).sum()
+    # A graph that needs the weights, but none of their gradients: who holds those is stepped another way.
+    model.requires_grad_(False)
+    later = model(x.clone().requires_grad_()).sum()
+    model.requires_grad_(True)
     given = x.clone(), y.clone()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
+    assert taken(step, x, y)
     step(x, y)
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(x, given[0])
