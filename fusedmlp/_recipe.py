@@ -29,7 +29,8 @@ _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 # And for map: every step asks each tensor.
 _LAST = 2**64  # no address is so large
 _data_ptr, _nbytes = torch.Tensor.data_ptr, operator.attrgetter("nbytes")
-_is_contiguous, _shape_of = torch.Tensor.is_contiguous, operator.attrgetter("dtype", "shape", "is_cpu")
+_is_contiguous, _shape_of = torch.Tensor.is_contiguous, operator.attrgetter("shape")
+_dtype_of, _is_on_cpu = operator.attrgetter("dtype"), operator.attrgetter("is_cpu")
 _look_at = operator.attrgetter(
     "__class__", "requires_grad", "dtype", "is_cpu", "_backward_hooks", "_post_accumulate_grad_hooks"
 )
@@ -66,7 +67,7 @@ class Recipe(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """Pieces of memory that do not overlap: where each begins and ends, in order."""
+    """Pieces of memory that do not overlap: where each begins, in order, and its size in bytes."""
 
     pieces: list[tuple[int, int]]
 
@@ -80,7 +81,7 @@ class Spans(NamedTuple):
         start = tensor.data_ptr()
         after = bisect_right(self.pieces, (start, _LAST))  # the first piece that begins behind it
         return size > 0 and (
-            (after > 0 and self.pieces[after - 1][1] > start)
+            (after > 0 and sum(self.pieces[after - 1]) > start)
             or (after < len(self.pieces) and self.pieces[after][0] < start + size)
         )
 
@@ -90,14 +91,13 @@ def memory_of(tensors: list[torch.Tensor]) -> Spans | None:
 
     A step that works on one after the other, or on all at once, would find there what it wrote for another.
     """
-    pieces = []
-    last = 0
-    for start, size in sorted(zip(map(_data_ptr, tensors), map(_nbytes, tensors), strict=True)):
-        if size > 0:
-            if start < last:
-                return None
-            last = start + size
-            pieces.append((start, last))
+    # The address of a tensor without values is 0, wherever it was cut from.
+    pieces = sorted(zip(map(_data_ptr, tensors), map(_nbytes, tensors), strict=True))
+    end = 0
+    for start, size in pieces:
+        if start < end:
+            return None
+        end = start + size
     return Spans(pieces)
 
 
@@ -339,7 +339,7 @@ def _why_parameters_unknown(
         if (
             len(shape) != 2
             or (columns is not None and shape[1] != columns)
-            or (bias is not None and bias.shape != shape[:1])
+            or (bias is not None and bias.shape != (shape[0],))
         ):
             return "the shapes of the layers do not fit"
         columns = shape[0]
@@ -383,7 +383,8 @@ def _states_of(
     having = [i for i, group in enumerate(groups) if update != "sgd" or group["momentum"] != 0]
     if not having:  # a step takes nothing from the state, so nobody looks for it
         return [{}] * len(parameters), []
-    states = [optimizer.state.get(parameter) or {} for parameter in parameters]
+    get = optimizer.state.get
+    states = [get(parameter) or {} for parameter in parameters]
     owners = [parameters[i] for i in having]  # of each tensor in moments, which has to be like it
     moments: list[Any]
     steps: list[Any] = []
@@ -393,7 +394,8 @@ def _states_of(
         owners += owners
         moments = [state.get(name) for name in ("exp_avg", "exp_avg_sq") for state in states]
         steps = [state.get("step") for state in states]
-    kinds = set(map(type, moments + steps))
+    first, tensors = parameters[0], moments + steps
+    kinds = set(map(type, tensors))
     if type(None) in kinds:
         return NO_STATE
     if kinds != {_Tensor}:
@@ -402,8 +404,11 @@ def _states_of(
         return "the optimizer's count of steps is not a float32 tensor"
     if (
         list(map(_shape_of, moments)) != list(map(_shape_of, owners))
+        or set(map(_dtype_of, moments)) != {first.dtype}
         or not all(map(_is_contiguous, moments))
-        or not (parameters[0].is_cpu or {t.device for t in moments} == {parameters[0].device})
+        or not (
+            all(map(_is_on_cpu, moments)) if first.is_cpu else {t.device for t in moments} == {first.device}
+        )
     ):
         return "the optimizer's state is not of the parameter's shape, dtype and device"
-    return states, moments + steps
+    return states, tensors
