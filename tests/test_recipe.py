@@ -196,6 +196,60 @@ def test_group_that_is_added_later() -> None:
     twins.assert_same()
 
 
+class Moment(torch.Tensor):
+    pass
+
+
+UNUSUAL_STATE: dict[str, Callable[[torch.Tensor], Any]] = {
+    "another dtype": lambda tensor: tensor.float(),
+    "another shape": lambda tensor: tensor[:1].clone(),  # which broadcasts
+    "transposed": lambda tensor: tensor.t().contiguous().t(),
+    "one value for all": lambda tensor: tensor.new_full((), 0.5).expand_as(tensor),
+    "another device": lambda tensor: tensor.to("meta"),
+    "a subclass": lambda tensor: tensor.as_subclass(Moment),
+    "none": lambda tensor: None,
+}
+IN_STATE = {"SGD, momentum": ["momentum_buffer"], "Adam": ["exp_avg", "exp_avg_sq"]}
+
+
+@pytest.mark.parametrize("change", UNUSUAL_STATE)
+@pytest.mark.parametrize(
+    ("optimizer", "name"), [(optimizer, name) for optimizer in IN_STATE for name in IN_STATE[optimizer]]
+)
+def test_state_that_is_not_like_its_parameter(optimizer: str, name: str, change: str) -> None:
+    """The plain loop takes some of it and raises for the rest: so does a step."""
+    twins = Twins(mlp(), OPTIMIZERS[optimizer])
+    twins.train(batches(2), "Direct")
+    for model, of in ((twins.model, twins.optimizer), (twins.twin, twins.twins)):
+        state = of.state[model[2].weight]
+        state[name] = UNUSUAL_STATE[change](state[name])
+    ((x, y),) = batches(1)
+    said = twins.step.explain(x, y)
+    assert said.startswith("Ordinary"), said
+    assert "state" in said
+    try:
+        expected = twins.plain(x, y)
+    except Exception as error:
+        with pytest.raises(type(error)):
+            twins.step(x, y)
+    else:
+        assert_close(twins.step(x, y), expected)
+        twins.assert_same()
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.double, torch.Tensor.int, lambda count: count.reshape(1)])
+def test_counts_of_steps_that_are_unusual(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    twins = Twins(mlp(), ADAM)
+    twins.train(batches(2), "Direct")
+    for of in (twins.optimizer, twins.twins):
+        for state in of.state.values():
+            state["step"] = change(state["step"])
+    said = twins.step.explain(*batches(1)[0])
+    assert "count of steps" in said, said
+    twins.train(batches(2), "Ordinary")
+    twins.assert_same()
+
+
 Heard = list[str]
 
 
