@@ -6,11 +6,13 @@
     python tests/all_models.py --timm --largest 10  # those of them with at most ten million parameters
 
 With random weights, in float32 on the CPU. These must be the same: outputs, gradients, parameters and buffers
-of a run in train mode; outputs in eval mode, also of what pickle, torch.save and deepcopy make of the fused
-model; the keys of its state_dict, the names and class names of its modules, and its repr. unfuse must give
-the classes back. There are two images, of the smallest size from 64 that the model takes. The copy runs
-twice: what differs between torch's own runs is called unsteady and is not compared. The exit status is 1 if
-anything differs.
+of a run in train mode; outputs in eval mode, with gradients and under no_grad, also of what pickle,
+torch.save and deepcopy make of the fused model; the keys of its state_dict, the names and class names of its
+modules, and its repr. unfuse must give the classes back. There are two images, of the smallest size from 64
+that the model takes. The copy runs twice: what differs between torch's own runs is called unsteady and is not
+compared. Where the package takes oneDNN's products (under no_grad, on AMD's CPUs from Zen 5 on), the error of
+those outputs, against float64, may be twice the copy's: the model is rounded, not the same. The exit status
+is 1 if anything differs.
 """
 
 import argparse
@@ -30,6 +32,7 @@ import torch
 import torchvision
 from torch.utils._pytree import tree_leaves
 
+from fusedmlp import _onednn
 from fusedmlp.convert import fuse, report, unfuse
 
 TIMM = """ghostnet_050 mixer_s32_224 resmlp_12_224 gmlp_ti16_224 vit_tiny_patch16_224 convnext_atto levit_128s
@@ -39,12 +42,13 @@ edgenext_xx_small hrnet_w18_small"""
 # From 64, as at 32 batch norm often has one pixel of each image: the gradients of two values are almost zero.
 SIZES = (64, 75, 96, 128, 160, 192, 224, 240, 256, 299, 384, 448)
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their size in bytes
+NO_GRAD = " under no_grad"
 Results = dict[str, Any]  # what is compared, by what to call it if it differs
 Make = Callable[[str], torch.nn.Module]
 
 
 def compare(model: torch.nn.Module, size: int) -> tuple[list[str], list[str]]:
-    """Fuse the model; what differs then from a copy of it from before, and what is unsteady in that."""
+    """Fuse the model; what differs then from a copy of it from before, and remarks on what may differ."""
     twin = copy.deepcopy(model)
     looks, classes = looks_of(model), classes_of(model)
     before = [buffer.clone() for buffer in twin.buffers()]
@@ -54,35 +58,49 @@ def compare(model: torch.nn.Module, size: int) -> tuple[list[str], list[str]]:
     unsteady = differences(trained, results(twin, size, train=True))
     evaluated = results(twin, size, train=False)
     unsteady += differences(evaluated, results(twin, size, train=False))
+    remarks = [f"unsteady: {name}" for name in unsteady]
 
     differs = differences(trained, results(fuse(model), size, train=True))
-    del trained, twin  # pickle needs memory for several copies
-    differs += differences(looks, looks_of(model)) + differences(evaluated, results(model, size, train=False))
+    ours = results(model, size, train=False)
+    del trained
+    differs += differences(looks, looks_of(model)) + differences(evaluated, ours)
     differs = [name for name in differs if name not in unsteady]
+    if _onednn.why_not_here() is None and any(name.endswith(NO_GRAD) for name in differs):
+        exact = results(twin.double(), size, train=False)
+        for name in [name for name in differs if name.endswith(NO_GRAD)]:
+            ratio = error(ours[name], exact[name]) / error(evaluated[name], exact[name])
+            if ratio <= 2:
+                differs.remove(name)
+                remarks.append(f"rounding of {name}: {ratio:.2f} times the copy's error")
+    del twin  # pickle needs memory for several copies
     for way, other in copies(model):
-        found = differences(evaluated, results(other, size, train=False))
+        found = differences(ours, results(other, size, train=False))
         found += ["classes"] if classes_of(other) != classes_of(model) else []
         differs += [f"{name} by {way}" for name in found if name not in unsteady]
         del other  # before the next is made
     if classes_of(unfuse(model)) != classes:
         differs.append("classes after unfuse")
-    return differs, unsteady
+    return differs, remarks
 
 
 def results(model: torch.nn.Module, size: int, *, train: bool) -> Results:
-    """Of one run, outputs and, in train mode, gradients of a sum of them, parameters and buffers after it."""
-    torch.manual_seed(0)
-    np.random.seed(0)  # with which timm's volo draws boxes
-    images = torch.randn(2, 3, size, size).requires_grad_(train)
-    with torch.set_grad_enabled(train):
-        outputs = model.train(train)(images)
-    mode = "in train mode" if train else "in eval mode"
-    found: Results = {f"type of the outputs {mode}": type(outputs)}
+    """Of one run, outputs; in train mode also gradients of a sum of them, parameters and buffers after it."""
+    dtype = next(model.parameters()).dtype
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    images.requires_grad_(train)
+    found: Results = {}
     losses = []
-    for i, output in enumerate(tree_leaves(outputs)):
-        found[f"output {i} {mode}"] = output.detach() if isinstance(output, torch.Tensor) else output
-        if isinstance(output, torch.Tensor) and output.requires_grad:
-            losses.append((output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum())
+    for with_grad in (True,) if train else (True, False):
+        torch.manual_seed(0)
+        np.random.seed(0)  # with which timm's volo draws boxes
+        with torch.set_grad_enabled(with_grad):
+            outputs = model.train(train)(images)
+        mode = ("in train mode" if train else "in eval mode") + ("" if with_grad else NO_GRAD)
+        found[f"type of the outputs {mode}"] = type(outputs)
+        for i, output in enumerate(tree_leaves(outputs)):
+            found[f"output {i} {mode}"] = output.detach() if isinstance(output, torch.Tensor) else output
+            if train and isinstance(output, torch.Tensor) and output.requires_grad:
+                losses.append((output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum())
     if train:
         torch.stack(losses).sum().backward()
         found["gradient of the images"] = images.grad
@@ -91,6 +109,11 @@ def results(model: torch.nn.Module, size: int, *, train: bool) -> Results:
         found |= {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
         model.zero_grad()
     return found
+
+
+def error(output: torch.Tensor, exact: torch.Tensor) -> float:
+    """Root of the mean square of the difference."""
+    return float((output.double() - exact).square().mean().sqrt())
 
 
 def looks_of(model: torch.nn.Module) -> Results:
@@ -170,7 +193,7 @@ def main() -> int:
     torch.set_num_threads(1)  # sums in one order
     warnings.filterwarnings("ignore", module="torchvision|timm")
     millions = {name: parameters(make, name) / 1e6 for name in options.names or names}
-    counts = dict.fromkeys(("same", "differs", "failed", "left out"), 0)
+    counts = dict.fromkeys(("same", "rounded", "differs", "failed", "left out"), 0)
     row = "{:28} {:>9} {:>5} {:>8} {:>6} {:>8}  {}".format
     print(row("model", "millions", "size", "Linears", "pairs", "seconds", "outcome"), flush=True)
     bar = progress(sorted(millions, key=millions.__getitem__))
@@ -184,9 +207,10 @@ def main() -> int:
                 model = make(name)
                 size, found = smallest_size(model), report(model)
                 numbers = [str(size), str(found.linears), str(found.pairs)]
-                differs, unsteady = compare(model, size)
-                outcome = "differs" if differs else "same"
-                remarks = some(differs) + (f" (unsteady: {some(unsteady)})" if unsteady else "")
+                differs, allowed = compare(model, size)
+                rounded = any(remark.startswith("rounding") for remark in allowed)
+                outcome = "differs" if differs else "rounded" if rounded else "same"
+                remarks = "; ".join(filter(None, (some(differs), some(allowed))))
             except Exception as error:
                 outcome, remarks = "failed", f"{type(error).__name__}: {error}"
         del model

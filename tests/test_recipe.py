@@ -307,6 +307,16 @@ def patched_class(twins: Twins, heard: Heard) -> Any:
     return put_back(nn.Linear, "forward", mine)
 
 
+def patched_calls(twins: Twins, heard: Heard) -> Any:
+    call = nn.Module.__call__
+
+    def mine(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        heard.append("call")
+        return call(self, *args, **kwargs)
+
+    return put_back(nn.Module, "__call__", mine)
+
+
 def saved_tensors(twins: Twins, heard: Heard) -> Any:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         heard.append("saved")
@@ -364,6 +374,7 @@ LISTENERS: dict[str, Callable[[Twins, Heard], Any]] = {
     "patched step": patched_step,
     "patched forward": patched_forward,
     "patched class": patched_class,
+    "patched calls": patched_calls,
     "dispatch mode": lambda twins, heard: Listening(heard),
     "saved tensors": saved_tensors,
     "autocast": autocast,
