@@ -16,6 +16,7 @@ _Flatten, _Module, _Tensor = torch.nn.Flatten, torch.nn.Module, torch.Tensor
 LINEAR_FORWARD, SEQUENTIAL_FORWARD = torch.nn.Linear.forward, torch.nn.Sequential.forward
 CALL_IMPL, RELU = torch.nn.Module._call_impl, F.relu
 _RELU_FORWARD, _LINEAR = torch.nn.ReLU.forward, F.linear
+TORCH_RELU = torch.relu  # which F.relu calls
 
 
 def why_patched() -> str | None:
@@ -35,6 +36,8 @@ def why_patched() -> str | None:
         return "torch.nn.functional.linear was replaced"
     if F.relu is not RELU:
         return "torch.nn.functional.relu was replaced"
+    if torch.relu is not TORCH_RELU:
+        return "torch.relu was replaced"
     return None
 
 

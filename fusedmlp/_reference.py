@@ -10,7 +10,7 @@ import torch
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from fusedmlp._patched import RELU
+from fusedmlp._patched import RELU, TORCH_RELU
 
 # By name, as every call on a CPU asks: a chain of attributes is a tenth of a microsecond.
 _function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
@@ -30,7 +30,8 @@ def watched() -> bool:
     Or a compiler, which makes no use of a ReLU in place: an exported graph is that of ``torch.nn``. Or a relu
     that replaced torch's, and wants to be called.
     """
-    return is_compiling() or _function_modes() > 0 or _dispatch_modes() > 0 or F.relu is not RELU
+    modes = is_compiling() or _function_modes() > 0 or _dispatch_modes() > 0
+    return modes or F.relu is not RELU or torch.relu is not TORCH_RELU
 
 
 def _relu(y: torch.Tensor, in_place: bool) -> torch.Tensor:

@@ -26,6 +26,7 @@ LAYERS: dict[str, tuple[Any, str]] = {
     "torch.nn.Module._call_impl": (tnn.Module, "_call_impl"),
     "torch.nn.functional.linear": (F, "linear"),
     "torch.nn.functional.relu": (F, "relu"),
+    "torch.relu": (torch, "relu"),
 }
 STEPS: dict[str, tuple[Any, str]] = LAYERS | {
     "torch.nn.Flatten.forward": (tnn.Flatten, "forward"),
