@@ -322,6 +322,8 @@ def _why_parameters_unknown(
     usual = (_Parameter, True, weights[0].dtype, True, None, None)
     if list(map(_look_at, parameters)) != [usual] * len(parameters):
         first = weights[0]
+        if first.is_meta:
+            return "the model is on meta, where tensors have no values"
         for parameter in parameters:
             if type(parameter) is not torch.nn.Parameter:
                 return f"a parameter is a {type(parameter).__name__}"

@@ -2,16 +2,19 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from oracle import assert_right
+from torch.testing import assert_close
 
 import fusedmlp
 from fusedmlp import _recipe, _two_launches
 
 pytestmark = pytest.mark.kernels
+CROSS_ENTROPY = torch.nn.CrossEntropyLoss()
 
 OPTIMIZERS: dict[str, Any] = {
     "plain SGD": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -282,6 +285,67 @@ def test_why_not(device: torch.device) -> None:
     with fusedmlp.backend("torch"):
         recipe = _recipe.recipe_of(model, cross_entropy, sgd)
         assert "backend('torch')" in (_two_launches.why_not(recipe, x, y, None) or "")
+
+
+class Labels(torch.Tensor):
+    pass
+
+
+def numbers(device: torch.device, **how: Any) -> torch.Tensor:
+    return torch.randn(12, 5, device=device, **how)
+
+
+UNUSUAL: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
+    "x with a gradient": (lambda to: {"x": batch(to)[0].requires_grad_()}, "requires grad"),
+    "y with a gradient": (lambda to: {"y": numbers(to).requires_grad_()}, "requires grad"),
+    "x of three dimensions": (lambda to: {"x": batch(to)[0].view(12, 4, 5)}, "is not a batch of rows"),
+    "y elsewhere": (lambda to: {"y": batch(to)[1].to("meta")}, "on one device"),
+    "the model elsewhere": (lambda to: {"model": network(torch.device("meta"))}, "is on meta"),
+    "y a subclass": (lambda to: {"y": batch(to)[1].as_subclass(Labels)}, "on one device"),
+    "y int32": (lambda to: {"y": batch(to)[1].int()}, "torch.int32"),
+    "y probabilities": (lambda to: {"y": numbers(to).softmax(1), "loss_fn": CROSS_ENTROPY}, "class numbers"),
+    "y float64": (lambda to: {"y": numbers(to, dtype=torch.float64)}, "torch.float64"),
+    "y of one column": (lambda to: {"y": numbers(to)[:, :1]}, "not like the output"),
+    "y sparse": (lambda to: {"y": numbers(to).to_sparse()}, "sparse"),
+    "y a lazy negative": (lambda to: {"y": numbers(to, dtype=torch.cfloat).conj().imag}, "lazy negative"),
+    "a parameter at an odd place": (lambda to: {"model": at_an_odd_place(network(to))}, "16 bytes"),
+}
+
+
+def at_an_odd_place(model: torch.nn.Sequential) -> torch.nn.Sequential:
+    memory = torch.empty(18, device=model[0].bias.device)
+    model[0].bias.data = memory[1:].copy_(model[0].bias.data)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_is_not_known_goes_as_in_the_loop(name: str, device: torch.device) -> None:
+    """With the same result, or the same error."""
+    make, reason = UNUSUAL[name]
+    given = dict(zip(("x", "y"), batch(device), strict=True)) | {"model": network(device)} | make(device)
+    x, y, model = given["x"], given["y"], given["model"]
+    loss_fn = given.get("loss_fn") or (torch.nn.functional.mse_loss if y.dim() > 1 else CROSS_ENTROPY)
+    twin = copy.deepcopy(model)
+    if name == "a parameter at an odd place":
+        twin = at_an_odd_place(twin)
+    optimizer, twins = (OPTIMIZERS["plain SGD"](m.parameters()) for m in (model, twin))
+    step = fusedmlp.TrainStep(model, loss_fn, optimizer)
+    said = step.explain(x, y)
+    assert said.startswith("Ordinary"), said
+    assert reason in said.split("Not in two launches: ")[1], said
+    try:
+        twins.zero_grad()
+        loss = loss_fn(twin(x), y)
+        loss.backward()
+        twins.step()
+    except Exception as error:
+        with pytest.raises(type(error)):
+            step(x, y)
+    else:
+        assert_close(step(x, y), loss.detach())
+    if not model[0].weight.is_meta:
+        assert_close(model.state_dict(), twin.state_dict())
 
 
 @pytest.mark.gpu
