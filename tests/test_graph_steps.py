@@ -311,6 +311,26 @@ def test_a_world_of_several_processes_captures_nothing(monkeypatch: pytest.Monke
     assert "one of 4 processes" in str(step._two_launches.why_no_replay())
 
 
+@pytest.mark.parametrize(
+    ("make", "options", "reason"),
+    [
+        (OPTIMIZERS["SGD"], {}, None),
+        (OPTIMIZERS["SGD"], {"scaler": torch.amp.GradScaler("cpu", enabled=False)}, "GradScaler"),
+        (OPTIMIZERS["SGD"], {"accumulate": 2}, "accumulated"),
+        (torch.optim.LBFGS, {}, "LBFGS computes the loss as often"),
+    ],
+)
+def test_steps_that_no_graph_can_repeat(
+    make: Any, options: Any, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cuda_graph, "why_not_capture", lambda: None)
+    model = Seeing()
+    x, y = batches(1, dtype=torch.float32)[0]
+    step = fusedmlp.TrainStep(model, CROSS_ENTROPY, make(model.parameters()), **options)
+    said = step._why_not_graph(x, y)
+    assert said is None if reason is None else reason in str(said), said
+
+
 def test_an_interrupted_capture_leaves_no_gradients(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would lie in memory of a graph that is gone; and the step can be tried again."""
     steps = Steps("SGD", monkeypatch)

@@ -142,21 +142,43 @@ def grads_in_the_parameters(model: nn.Module) -> None:
         parameter.data = parameter.grad.data  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("change", [grads_in_one_place, grads_in_the_parameters, None])
-def test_gradients_that_wait(change: Callable[[nn.Module], None] | None) -> None:
-    """Between the calls that accumulate; or x is such a gradient."""
+def a_transposed_grad(model: nn.Module) -> None:
+    weight = next(model.parameters())
+    weight.grad = weight.grad.t().contiguous().t()  # type: ignore[union-attr]
+
+
+def a_sparse_grad(model: nn.Module) -> None:
+    weight = next(model.parameters())
+    weight.grad = weight.grad.to_sparse()  # type: ignore[union-attr]
+
+
+GRADS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "in one place": (grads_in_one_place, "shares memory"),
+    "in the parameters": (grads_in_the_parameters, "shares memory"),
+    "transposed": (a_transposed_grad, "is not contiguous"),
+    "sparse": (a_sparse_grad, "is not contiguous"),
+    "x is one": (lambda model: None, "shares memory"),
+    "y is one": (lambda model: None, "Direct"),
+}
+
+
+@pytest.mark.parametrize("name", GRADS)
+def test_gradients_that_wait(name: str) -> None:
+    """Between the calls that accumulate."""
+    change, said = GRADS[name]
     losses, states = [], []
     for fused in (True, False):
         model, made, x, y = parts("SGD, Nesterov")
         step = fusedmlp.TrainStep(model, MSE, made, accumulate=2)
         made.zero_grad()
         (step(x, y) if fused else (MSE(model(x), y) / 2).backward())
-        if change is not None:
-            change(model)
-        else:
+        change(model)
+        if name == "x is one":
             x = model[0].weight.grad.data
+        if name == "y is one":
+            y = model[0].weight.grad.data
         if fused:
-            assert "shares memory" in step.explain(x, y)
+            assert said in step.explain(x, y)
             losses.append(step(x, y))
         else:
             loss = MSE(model(x), y)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import assert_right
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmlp
 from fusedmlp import _recipe, _two_launches
@@ -346,6 +347,28 @@ def test_what_is_not_known_goes_as_in_the_loop(name: str, device: torch.device) 
         assert_close(step(x, y), loss.detach())
     if not model[0].weight.is_meta:
         assert_close(model.state_dict(), twin.state_dict())
+
+
+LISTENING: dict[str, tuple[Callable[[str], Any], str]] = {
+    "autocast": (lambda kind: torch.autocast(kind, torch.bfloat16), "autocast"),
+    "anomaly detection": (lambda kind: torch.autograd.set_detect_anomaly(True, check_nan=False), "anomaly"),
+    "a mode": (lambda kind: TorchDispatchMode(), "TorchDispatchMode"),
+    "hooks on what is saved": (lambda kind: torch.autograd.graph.save_on_cpu(), "saved tensors"),
+    "no_grad": (lambda kind: torch.no_grad(), "grad mode is off"),
+    "inference mode": (lambda kind: torch.inference_mode(), "grad mode is off"),
+}
+
+
+@pytest.mark.parametrize("name", LISTENING)
+def test_who_listens_in_has_the_ordinary_step(name: str, device: torch.device) -> None:
+    model, (x, y) = network(device), batch(device)
+    step = fusedmlp.TrainStep(model, CROSS_ENTROPY, OPTIMIZERS["plain SGD"](model.parameters()))
+    make, reason = LISTENING[name]
+    with make(device.type):
+        said = step.explain(x, y)
+    assert said.startswith("Ordinary"), said
+    assert reason in said.split("Not in two launches: ")[1], said
+    assert taken(step, x, y)
 
 
 @pytest.mark.gpu
