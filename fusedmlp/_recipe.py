@@ -18,7 +18,7 @@ from torch.optim import optimizer as _optimizer
 from fusedmlp import _backend, nn
 from fusedmlp._patched import why_step_patched
 
-# By name, as the first look at each thing in a step waits for memory: a module's attribute is another three.
+# Every step asks these questions anew. A name of this module is found faster than an attribute of torch.
 _Parameter, _Tensor, _Module, _SGD = torch.nn.Parameter, torch.Tensor, torch.nn.Module, torch.optim.SGD
 _ReLU, _Flatten, _Identity = torch.nn.ReLU, torch.nn.Flatten, torch.nn.Identity
 _is_grad_enabled, _is_autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
@@ -26,10 +26,10 @@ _is_anomaly_enabled = torch.is_anomaly_enabled
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-# And for map: every step asks each tensor.
-_LAST = 2**64  # no address is so large
+# map calls these for every tensor of a step, which is faster than a loop.
 _data_ptr, _nbytes = torch.Tensor.data_ptr, operator.attrgetter("nbytes")
-_is_contiguous, _shape_of = torch.Tensor.is_contiguous, operator.attrgetter("shape")
+_is_contiguous, _is_inference = torch.Tensor.is_contiguous, torch.Tensor.is_inference
+_shape_of = operator.attrgetter("shape")
 _dtype_of, _is_on_cpu = operator.attrgetter("dtype"), operator.attrgetter("is_cpu")
 _look_at = operator.attrgetter(
     "__class__", "requires_grad", "dtype", "is_cpu", "_backward_hooks", "_post_accumulate_grad_hooks"
@@ -64,6 +64,9 @@ class Recipe(NamedTuple):
     states: list[dict[str, Any]]
     written: list[torch.Tensor]
     memory: "Spans"
+
+
+_LAST = 2**64  # no address is so large
 
 
 class Spans(NamedTuple):
@@ -161,10 +164,10 @@ def recipe_of(
         return found
     states, written = found[0], [*parameters, *found[1]]
     memory = memory_of(written)
-    rates = [group["lr"] for group in optimizer.param_groups if type(group["lr"]) is not float]
-    if memory is None or any(memory.touch(rate) for rate in rates if isinstance(rate, torch.Tensor)):
+    rates = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], _Tensor)]
+    if memory is None or any(map(memory.touch, rates)):
         return "two parameters, or a parameter and the optimizer's state or learning rate, share memory"
-    known: Any = loss
+    known: Loss = loss  # type: ignore[assignment]  # it is one of the two, as asked above
     return Recipe(flatten, weights, biases, known, update, parameters, groups, states, written, memory)
 
 
@@ -350,8 +353,8 @@ def _why_parameters_unknown(
     # Each is held by its object in Python, and almost always by nobody else.
     if sum(map(_use_count, parameters)) != len(parameters) and any(map(has_node, parameters)):
         return NODE_IS_HELD
-    if weights[0].is_inference():
-        return "the model was made in inference mode"
+    if any(map(_is_inference, parameters)):
+        return "a parameter was made in inference mode"
     return None
 
 
@@ -409,7 +412,7 @@ def _states_of(
         or set(map(_dtype_of, moments)) != {first.dtype}
         or not all(map(_is_contiguous, moments))
         or not (
-            all(map(_is_on_cpu, moments)) if first.is_cpu else {t.device for t in moments} == {first.device}
+            all(map(_is_on_cpu, tensors)) if first.is_cpu else {t.device for t in moments} == {first.device}
         )
     ):
         return "the optimizer's state is not of the parameter's shape, dtype and device"

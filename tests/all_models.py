@@ -33,6 +33,7 @@ import torchvision
 from torch.utils._pytree import tree_leaves
 
 from fusedmlp import _onednn
+from fusedmlp._measure import errors_of
 from fusedmlp.convert import fuse, report, unfuse
 
 TIMM = """ghostnet_050 mixer_s32_224 resmlp_12_224 gmlp_ti16_224 vit_tiny_patch16_224 convnext_atto levit_128s
@@ -68,7 +69,7 @@ def compare(model: torch.nn.Module, size: int) -> tuple[list[str], list[str]]:
     if _onednn.why_not_here() is None and any(name.endswith(NO_GRAD) for name in differs):
         exact = results(twin.double(), size, train=False)
         for name in [name for name in differs if name.endswith(NO_GRAD)]:
-            ratio = error(ours[name], exact[name]) / error(evaluated[name], exact[name])
+            ratio = errors_of(ours[name], exact[name])[1] / errors_of(evaluated[name], exact[name])[1]
             if ratio <= 2:
                 differs.remove(name)
                 remarks.append(f"rounding of {name}: {ratio:.2f} times the copy's error")
@@ -109,11 +110,6 @@ def results(model: torch.nn.Module, size: int, *, train: bool) -> Results:
         found |= {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
         model.zero_grad()
     return found
-
-
-def error(output: torch.Tensor, exact: torch.Tensor) -> float:
-    """Root of the mean square of the difference."""
-    return float((output.double() - exact).square().mean().sqrt())
 
 
 def looks_of(model: torch.nn.Module) -> Results:

@@ -318,7 +318,7 @@ def test_on_the_kernels(name: str, device: torch.device, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "ghostnet_050"])
 def test_shortcuts_that_are_empty_sequentials(name: str) -> None:
-    """Two of the models that all_models.py compares; it takes half an hour for all of them."""
+    """These are two of the models that all_models.py compares. All of them take ten minutes or more."""
     pytest.importorskip("torchvision", reason="torchvision is not installed")
     import all_models
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as hooks_of_modules
 from torch.optim import optimizer as hooks_of_optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import CROSS_ENTROPY, OPTIMIZERS, Twins, assert_close, batches, mlp
+from training import CROSS_ENTROPY, OPTIMIZERS, Twins, assert_close, batches, mlp, plain
 
 import fusedmlp
 
@@ -237,6 +237,35 @@ def test_state_that_is_not_like_its_parameter(optimizer: str, name: str, change:
         twins.assert_same()
 
 
+@pytest.mark.parametrize("name", ["0.weight", "2.bias", "4.weight"])
+@pytest.mark.parametrize("optimizer", ["SGD", "SGD, momentum", "Adam"])
+def test_one_parameter_that_was_made_in_inference_mode(optimizer: str, name: str) -> None:
+    """The plain loop trains the first layer's weight and raises for others: so does a step."""
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(4)
+        model, ((x, y),) = mlp(), batches(1)
+        layer, kind = name.split(".")
+        with torch.inference_mode():
+            setattr(model[int(layer)], kind, nn.Parameter(getattr(model[int(layer)], kind).detach().clone()))
+        made = OPTIMIZERS[optimizer](model.parameters())
+        for parameter in model.parameters():  # the state, which a first step would have made
+            names = IN_STATE.get(optimizer, [])
+            made.state[parameter].update({key: torch.zeros(parameter.shape).double() for key in names})
+            if optimizer == "Adam":
+                made.state[parameter]["step"] = torch.tensor(0.0)
+        step = fusedmlp.TrainStep(model, CROSS_ENTROPY, made)
+        assert "made in inference mode" in step.explain(x, y)
+        try:
+            loss: Any = step(x, y) if fused else plain(model, CROSS_ENTROPY, made, x, y)
+        except RuntimeError as error:
+            assert name != "0.weight"
+            loss = str(error)
+        found.append((loss, dict(model.state_dict())))
+    assert found[0][0] == found[1][0]
+    assert_close(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("change", [torch.Tensor.double, torch.Tensor.int, lambda count: count.reshape(1)])
 def test_counts_of_steps_that_are_unusual(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     twins = Twins(mlp(), ADAM)
@@ -248,6 +277,15 @@ def test_counts_of_steps_that_are_unusual(change: Callable[[torch.Tensor], torch
     assert "count of steps" in said, said
     twins.train(batches(2), "Ordinary")
     twins.assert_same()
+
+
+def test_counts_of_steps_on_another_device() -> None:
+    twins = Twins(mlp(), ADAM)
+    twins.train(batches(1))
+    twins.optimizer.state[twins.model[2].weight]["step"] = torch.tensor(1.0, device="meta")
+    said = twins.step.explain(*batches(1)[0])
+    assert said.startswith("Ordinary"), said
+    assert "state is not of" in said
 
 
 Heard = list[str]
