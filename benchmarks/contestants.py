@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import fusedmlp
 from benchmarks.cases import DTYPES, LAYER_FORWARD, STEP, Case, arithmetic
 from benchmarks.timing import warm_up_on_a_side_stream
-from fusedmlp import _cuda_graph
-from fusedmlp._measure import compare
+from fusedmlp.torch_tools import cuda_graph
+from fusedmlp.torch_tools.accuracy import compare
 
 Results = tuple[torch.Tensor, ...]
 
@@ -186,7 +186,7 @@ def _in_a_graph(prepare: Callable[[Work], Prepared]) -> Callable[[Work], Prepare
         x = work.xs[0].detach().clone().requires_grad_(work.case.need_x)
         runner.xs = [x]
         warm_up_on_a_side_stream(run)
-        graph, outputs = _cuda_graph.capture(lambda: run(0), x.device)
+        graph, outputs = cuda_graph.capture(lambda: run(0), x.device)
 
         def replay(i: int) -> Results:
             x.detach().copy_(work.xs[i % len(work.xs)].detach())

@@ -71,7 +71,7 @@ def _smoke(s: Setting) -> list[str]:
 
 
 def _gpu(s: Setting) -> list[str]:
-    return _tests("gpu", s.dry_run, "tests/test_cuda_graph.py")
+    return _tests("gpu", s.dry_run, "tests/torch_tools/test_cuda_graph.py")
 
 
 def _steps(s: Setting) -> list[str]:
@@ -90,7 +90,7 @@ def _race(s: Setting) -> list[str]:
 
 
 def _kernels(s: Setting) -> list[str]:
-    return _tests("kernels and not gpu", s.dry_run, "tests/test_kernels.py")
+    return _tests("kernels and not gpu", s.dry_run, "tests/kernels/test_kernels.py")
 
 
 def _numerics(s: Setting) -> list[str]:

@@ -179,10 +179,10 @@ def _cache(dry_run: bool) -> pathlib.Path:
 
 def _take_up(resume: pathlib.Path | None, out: pathlib.Path, cache: pathlib.Path, dry_run: bool) -> list[str]:
     """Copy what there is to go on from to where the parts look for it; what was done, in words."""
-    from fusedmlp.kernels import _table  # imports Triton
+    from fusedmlp.kernels import tuning_table  # imports Triton
 
-    here = _table.where(None if dry_run else torch.cuda.current_device())
-    table = cache / "fusedmlp" / _table.users_file(here).name
+    here = tuning_table.where(None if dry_run else torch.cuda.current_device())
+    table = cache / "fusedmlp" / tuning_table.users_file(here).name
     if resume is None:
         table.unlink(missing_ok=True)  # of the last time, perhaps of other kernels
         return []
@@ -198,8 +198,8 @@ def _take_up(resume: pathlib.Path | None, out: pathlib.Path, cache: pathlib.Path
                 continue
         shutil.copyfile(file, out / file.name)
         said.append(f"taken from {resume}: {file.name}")
-    shipped = out / _table.shipped_file(here).name
-    if not table.exists() and _table.read(shipped, here, exact=True) is not None:
+    shipped = out / tuning_table.shipped_file(here).name
+    if not table.exists() and tuning_table.read(shipped, here, exact=True) is not None:
         table.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(shipped, table)
     return said

@@ -30,7 +30,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.statuses import TIME_OVER
-from fusedmlp import _cuda_graph
+from fusedmlp.torch_tools import cuda_graph
 
 KINDS = ("ieee", "tf32", "float16", "bfloat16")
 # How far a loss may be from float64's, relatively, after an epoch of at most LEAST_STEPS.
@@ -43,7 +43,7 @@ class Epoch:
     """The data, the parameters and the memory of one epoch, which every form runs alike."""
 
     def __init__(self, widths: tuple[int, ...], rows: int, batch: int, kind: str, device: str) -> None:
-        from fusedmlp.kernels import step
+        from fusedmlp.kernels.train_step import step
 
         generator = torch.Generator().manual_seed(0)
         self.batch, self.kind, self.steps = batch, kind, -(-rows // batch)
@@ -104,7 +104,7 @@ class Epoch:
             self.losses[i] = loss.detach()
 
     def by_two_launches(self, overlap: bool = False) -> None:
-        from fusedmlp.kernels import step
+        from fusedmlp.kernels.train_step import step
 
         step.refresh_copies(self.parameters)
         for i, first, rows in self.batches():
@@ -114,7 +114,7 @@ class Epoch:
             )  # fmt: skip
 
     def by_one_launch(self) -> None:
-        from fusedmlp.kernels import step
+        from fusedmlp.kernels.train_step import step
 
         step.refresh_copies(self.parameters)
         step.train_steps(
@@ -143,15 +143,15 @@ class Epoch:
 def graph_of(run: Callable[[], None]) -> Callable[[], None]:
     """``run`` captured, after once as it is, which compiles kernels and makes the optimizer's state."""
     stream = torch.cuda.Stream()
-    with _cuda_graph.beside(stream):
+    with cuda_graph.beside(stream):
         run()
-    graph, _ = _cuda_graph.capture(run, stream.device)
+    graph, _ = cuda_graph.capture(run, stream.device)
     return graph.replay
 
 
 def forms_of(epoch: Epoch, wanted: tuple[str, ...]) -> dict[str, Callable[[], Callable[[], None]]]:
     """What makes each form, ready to run."""
-    from fusedmlp.kernels.step import why_not_persistent
+    from fusedmlp.kernels.train_step.step import why_not_persistent
 
     all_forms: dict[str, Callable[[], Callable[[], None]]] = {
         "torch": lambda: epoch.by_torch,

@@ -19,8 +19,9 @@ import pytest
 import torch
 
 import fusedmlp
-from fusedmlp import _dispatch, functional
-from fusedmlp._autograd import fused_mlp
+from fusedmlp import functional
+from fusedmlp.dispatch import predicate
+from fusedmlp.dispatch.autograd_function import fused_mlp
 
 pytest.importorskip("triton", reason="Triton is not installed: no kernels to launch")
 
@@ -114,8 +115,8 @@ def test_host_where_little_is_computed(
     x = torch.randn(16, 16, device=DEVICE)
     if DEVICE == "cpu":
         monkeypatch.setattr(functional, "surely_unfused", lambda x: False)
-        monkeypatch.setattr(_dispatch, "_interpreted", lambda x: True)
-        monkeypatch.setattr(_dispatch, "_why_not_here", lambda device_type, index: None)
+        monkeypatch.setattr(predicate, "_interpreted", lambda x: True)
+        monkeypatch.setattr(predicate, "_why_not_here", lambda device_type, index: None)
     if who == "auto, all asked":
         monkeypatch.setattr(functional, "surely_too_little", lambda x, weights: False)
     with fusedmlp.backend("auto"):

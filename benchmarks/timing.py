@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import DTYPES, arithmetic
-from fusedmlp import _cuda_graph
+from fusedmlp.torch_tools import cuda_graph
 
 Run = Callable[[int], Any]  # of the i-th of the rotated inputs
 
@@ -93,8 +93,8 @@ def _captured(run: Run, calls: int) -> torch.cuda.CUDAGraph | str:
 
     try:
         warm_up_on_a_side_stream(run)
-        graph, _ = _cuda_graph.capture(several, torch.device("cuda", torch.cuda.current_device()))
-    except _cuda_graph.CaptureFailed as failure:
+        graph, _ = cuda_graph.capture(several, torch.device("cuda", torch.cuda.current_device()))
+    except cuda_graph.CaptureFailed as failure:
         return str(failure)
     except Exception as error:  # whatever a contestant does on another stream
         synchronize()

@@ -25,10 +25,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0, metavar="N")
     parser.add_argument("--dry-run", action="store_true", help="two tiny shapes in Triton's interpreter")
     options = parser.parse_args()
-    from fusedmlp.kernels import _table  # here: Triton need not be installed to ask for --help
+    from fusedmlp.kernels import tuning_table  # here: Triton need not be installed to ask for --help
 
-    here = _table.where(torch.cuda.current_device() if torch.cuda.is_available() else None)
-    users, ours = _table.users_file(here), options.out / _table.shipped_file(here).name
+    here = tuning_table.where(torch.cuda.current_device() if torch.cuda.is_available() else None)
+    users, ours = tuning_table.users_file(here), options.out / tuning_table.shipped_file(here).name
     if ours.exists() and not users.exists():  # of an earlier session: go on with it
         users.parent.mkdir(parents=True, exist_ok=True)
         _copy(ours, users)

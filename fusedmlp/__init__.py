@@ -3,21 +3,15 @@
 from fusedmlp import nn  # instead of: from torch import nn
 """
 
-import pathlib as _pathlib
-
-# In a source checkout, and in an editable install of one, kernels/ lies beside this folder, not inside it.
-if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
-    __path__.append(str(_pathlib.Path(__file__).parent.parent))
-
-from fusedmlp import convert, functional, nn
-from fusedmlp._backend import backend
-from fusedmlp._explain import explain
-from fusedmlp._tune import tune
-from fusedmlp._verify import verify
+from fusedmlp import _checkout, convert, functional, nn
 from fusedmlp._version import __version__
 from fusedmlp.convert import fuse, unfuse
+from fusedmlp.dispatch.backend_choice import backend
+from fusedmlp.inspection.explain import explain
+from fusedmlp.inspection.verify import verify
 from fusedmlp.nn import MLP, Linear, LinearReLU, Sequential
 from fusedmlp.train import TrainStep
+from fusedmlp.tuning.tune import tune
 
 __all__ = [
     "MLP",
@@ -36,3 +30,5 @@ __all__ = [
     "unfuse",
     "verify",
 ]
+
+_checkout.install()

@@ -12,9 +12,12 @@ import textwrap
 import torch
 
 import fusedmlp
-from fusedmlp import _dispatch, _report, _tune, nn
-from fusedmlp._measure import compare
+from fusedmlp import nn
+from fusedmlp.dispatch import predicate
 from fusedmlp.functional import why_not_fused
+from fusedmlp.inspection import problem_report
+from fusedmlp.torch_tools.accuracy import compare
+from fusedmlp.tuning import tune
 
 STEPS = 6  # on a GPU other models than MLPs are captured in a CUDA graph at the fourth
 
@@ -29,7 +32,7 @@ DTYPES = {
 
 
 def versions() -> str:
-    triton = importlib.metadata.version("triton") if _dispatch.has_triton() else "absent"
+    triton = importlib.metadata.version("triton") if predicate.has_triton() else "absent"
     return (
         f"fusedmlp {fusedmlp.__version__}, torch {torch.__version__}, triton {triton}, "
         f"Python {platform.python_version()}"
@@ -83,7 +86,7 @@ def main() -> int:
         "what to attach where you report a problem",
     )
     subparsers = parser.add_subparsers(title="or", metavar="tune")
-    _tune.add_parser(subparsers, DTYPES)
+    tune.add_parser(subparsers, DTYPES)
     options = parser.parse_args()
     if "run" in options:
         return int(options.run(options))
@@ -104,7 +107,7 @@ def main() -> int:
     if options.report is None:
         return check(widths, options.batch, device, dtype)
     try:
-        return _report.write(options.report, lambda: check(widths, options.batch, device, dtype))
+        return problem_report.write(options.report, lambda: check(widths, options.batch, device, dtype))
     except OSError as refusal:
         parser.error(f"--report {options.report} cannot be written: {refusal.strerror}")
 

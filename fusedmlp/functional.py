@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from fusedmlp import _onednn, _reference
-from fusedmlp._autograd import fused_mlp
-from fusedmlp._backend import forced, quiet
-from fusedmlp._dispatch import (
+from fusedmlp.dispatch import onednn, reference
+from fusedmlp.dispatch.autograd_function import fused_mlp
+from fusedmlp.dispatch.backend_choice import forced, quiet
+from fusedmlp.dispatch.predicate import (
     autocast_dtype,
     cast,
     dtype_after_cast,
@@ -18,7 +18,7 @@ from fusedmlp._dispatch import (
     why_not_fused,
     why_not_fused_mlp,
 )
-from fusedmlp._patched import why_patched
+from fusedmlp.torch_tools.patched import why_patched
 
 __all__ = ["linear", "linear_relu", "mlp", "why_not_fused", "why_not_fused_mlp"]
 
@@ -35,9 +35,9 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     try:
         # Without a ReLU there is nothing to fuse: why_not_fused says so of every call that is not forced.
         if quiet():
-            if _onednn.off() or not surely_unfused(input) or _onednn.too_small(input):
+            if onednn.off() or not surely_unfused(input) or onednn.too_small(input):
                 return F.linear(input, weight, bias)
-            return _onednn.linear_forward(input, weight, bias, False)
+            return onednn.linear_forward(input, weight, bias, False)
         return _fused_or_reason(input, [weight], [bias], False)
     except RuntimeError as error:
         _raise_clearer(error, input, weight, bias)
@@ -54,7 +54,7 @@ def linear_relu(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     """
     try:
         if surely_unfused(input) or surely_too_little(input, (weight,)):
-            return _onednn.linear_forward(input, weight, bias, True)
+            return onednn.linear_forward(input, weight, bias, True)
         return _fused_or_reason(input, [weight], [bias], True)
     except RuntimeError as error:
         _raise_clearer(error, input, weight, bias)
@@ -134,10 +134,10 @@ def _plain(
 ) -> torch.Tensor:
     """By PyTorch's operators."""
     last = len(weights) - 1
-    if _onednn.off():
-        return _reference.mlp_forward(x, weights, biases, final_relu, last)[0]
+    if onednn.off():
+        return reference.mlp_forward(x, weights, biases, final_relu, last)[0]
     for i, weight in enumerate(weights):
-        x = _onednn.linear_forward(x, weight, biases[i], final_relu or i < last)
+        x = onednn.linear_forward(x, weight, biases[i], final_relu or i < last)
     return x
 
 

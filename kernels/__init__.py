@@ -1,7 +1,7 @@
 """Triton kernels for Linear and Linear+ReLU, and their launchers. Installed as ``fusedmlp.kernels``.
 
 Convention: ``x (M, K)``, ``weight (N, K)``, ``bias (N,)``, ``y (M, N)``; M rows (batch), K in features,
-N out features. A launcher checks nothing: ``fusedmlp._dispatch`` decides what may come here.
+N out features. A launcher checks nothing: ``fusedmlp.dispatch.predicate`` decides what may come here.
 """
 
 if __name__ == "kernels":
@@ -18,10 +18,10 @@ if __name__ == "kernels":
         )
 
 else:
-    from . import step
-    from ._launch import KernelFailed, arithmetic, dry_run, interpreting
-    from ._table import table_of
-    from .mlp import mlp_backward, mlp_forward
+    from .chain import mlp_backward, mlp_forward
+    from .launch import KernelFailed, arithmetic, dry_run, interpreting
+    from .train_step import step
+    from .tuning_table import table_of
 
     __all__ = [
         "KernelFailed",

@@ -1,7 +1,6 @@
 """Where kernels run: on the GPU if there is one, else in Triton's interpreter, else not at all."""
 
 import atexit
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -10,8 +9,8 @@ from typing import Any
 import faster_interpreter
 import pytest
 import torch
+from available import HAS_TRITON
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON and not torch.cuda.is_available():
     # Before anything imports the kernels: Triton reads it when it decorates them.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -16,10 +16,10 @@ import torch.nn
 from torch.nn import *  # noqa: F403  all of torch.nn, whatever its version has
 from torch.nn.modules.module import _has_any_global_hook
 
-from fusedmlp import _same_modules
 from fusedmlp import functional as _functional
-from fusedmlp._dispatch import left_to_compiler
-from fusedmlp._patched import CALL_IMPL, LINEAR_FORWARD, SEQUENTIAL_FORWARD
+from fusedmlp.dispatch.predicate import left_to_compiler
+from fusedmlp.nn import _same_modules
+from fusedmlp.torch_tools.patched import CALL_IMPL, LINEAR_FORWARD, SEQUENTIAL_FORWARD
 
 _same_modules.install()
 __path__ = []  # the files below this folder are for type checkers: no module lies in them

@@ -1,0 +1,30 @@
+"""Find ``fusedmlp.kernels`` in a source checkout, where ``kernels/`` lies beside this folder."""
+
+import importlib.abc
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_PACKAGE = pathlib.Path(__file__).parent
+_KERNELS = _PACKAGE.parent / "kernels"
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "fusedmlp.kernels":
+            return None
+        return importlib.util.spec_from_file_location(
+            fullname, _KERNELS / "__init__.py", submodule_search_locations=[str(_KERNELS)]
+        )
+
+
+def install() -> None:
+    """Let ``import fusedmlp.kernels`` work in a checkout; change nothing in an ordinary install."""
+    if (_PACKAGE / "kernels").is_dir() or any(type(f).__module__ == __name__ for f in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder())  # before an editable install's, which may be of another checkout

@@ -1,0 +1,1 @@
+"""Decide which implementation of a chain of layers runs, say why, and run it."""

@@ -1,0 +1,1 @@
+"""Helpers around PyTorch itself: nothing here knows of fused layers."""

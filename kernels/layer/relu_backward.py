@@ -1,0 +1,124 @@
+"""What is left of the backward beside the products: the last ReLU's gradient, and sums over rows.
+
+One pass over the rows does both: ``grad_z = grad_output * (y > 0)``, ``grad_bias = grad_z.sum(0)``.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import COMPILE_OPTIONS, PLANS, Setting, launch
+from ..partial_sums import Sums, parts_of
+from ..tiles import cdiv
+
+BLOCK_M = 32
+BLOCK_N = 128
+# With 4 warps the 64-bit offsets of odd strides take more registers than a thread has, and some are spilled.
+NUM_WARPS = 8
+_OPTIONS = COMPILE_OPTIONS | {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": NUM_WARPS}
+
+
+@triton.jit
+def relu_backward_chunk(
+    block_n,  # which BLOCK_N columns
+    chunk,  # which rows_per_chunk rows
+    grad_output_ptr,  # (M, N)
+    y_ptr,  # (M, N), or None: no ReLU, and nothing is stored to grad_z
+    grad_z_ptr,  # (M, N), contiguous, or None
+    partials_ptr,  # (chunks, N), contiguous, or None: no bias gradient
+    M,
+    N,
+    rows_per_chunk,
+    stride_gm,
+    stride_gn,
+    stride_ym,
+    stride_yn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid_n = offs_n < N
+    n = offs_n.to(tl.int64)
+    row_end = tl.minimum((chunk + 1) * rows_per_chunk, M)
+    totals = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for row in range(chunk * rows_per_chunk, row_end, BLOCK_M):
+        offs_m = row + tl.arange(0, BLOCK_M)
+        m = offs_m.to(tl.int64)
+        mask = (offs_m < row_end)[:, None] & valid_n[None, :]
+        grad = tl.load(
+            grad_output_ptr + m[:, None] * stride_gm + n[None, :] * stride_gn, mask=mask, other=0.0
+        ).to(tl.float32)
+        if y_ptr is not None:
+            y = tl.load(y_ptr + m[:, None] * stride_ym + n[None, :] * stride_yn, mask=mask, other=0.0)
+            # torch's rule: 0 where y <= 0, passed everywhere else, so also where y is NaN.
+            grad = tl.where(y.to(tl.float32) <= 0.0, 0.0, grad)
+            grad_z_tile = grad_z_ptr + m[:, None] * N + n[None, :]
+            tl.store(grad_z_tile, grad.to(grad_z_ptr.dtype.element_ty), mask=mask)
+        if partials_ptr is not None:
+            totals += grad
+    if partials_ptr is not None:
+        total = tl.sum(totals, axis=0).to(partials_ptr.dtype.element_ty)
+        tl.store(partials_ptr + tl.cast(chunk, tl.int64) * N + n, total, mask=valid_n)
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_chunk"])
+def _relu_backward_kernel(
+    grad_output_ptr,
+    y_ptr,
+    grad_z_ptr,
+    partials_ptr,
+    M,
+    N,
+    rows_per_chunk,
+    stride_gm,
+    stride_gn,
+    stride_ym,
+    stride_yn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    relu_backward_chunk(
+        tl.program_id(0), tl.program_id(1), grad_output_ptr, y_ptr, grad_z_ptr, partials_ptr,
+        M, N, rows_per_chunk, stride_gm, stride_gn, stride_ym, stride_yn, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@functools.lru_cache(PLANS)
+def chunks_of(M: int, N: int, num_sms: int) -> tuple[int, int, int]:
+    """``(chunks, rows_per_chunk, blocks of columns)``: about four programs a multiprocessor, for latency."""
+    blocks = cdiv(N, BLOCK_N)
+    wanted = max(1, min(cdiv(4 * num_sms, blocks), cdiv(M, BLOCK_M)))
+    rows_per_chunk = cdiv(cdiv(M, wanted), BLOCK_M) * BLOCK_M
+    return cdiv(M, max(1, rows_per_chunk)), rows_per_chunk, blocks
+
+
+def relu_backward(
+    grad_output: torch.Tensor,
+    y: torch.Tensor | None,
+    need_grad_bias: bool,
+    setting: Setting,
+    sums: Sums,
+    in_place: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``(grad_z (M, N), grad_bias (N,) or None)`` from grad_output (M, N) of any strides and the output y.
+
+    grad_z is new and contiguous, and neither argument is written to, unless ``in_place``: then grad_output is
+    contiguous and becomes grad_z. Without y there was no ReLU, and grad_z is grad_output itself. grad_bias is
+    grad_z summed over the rows in float32, in a fixed order, rounded once; it is complete once
+    ``add_up(sums)`` has run.
+    """
+    M, N = grad_output.shape
+    grad_z = grad_output if y is None or in_place else grad_output.new_empty(M, N)
+    grad_bias = grad_output.new_empty(N) if need_grad_bias else None
+    if N == 0:
+        return grad_z, grad_bias
+    chunks, rows_per_chunk, blocks = chunks_of(M, N, setting.device.num_sms)
+    partials = None if grad_bias is None else parts_of(grad_bias, chunks, sums)
+    if M > 0:
+        strides = *grad_output.stride(), *((0, 0) if y is None else y.stride())
+        target = None if y is None else grad_z
+        args = (grad_output, y, target, partials, M, N, rows_per_chunk, *strides)
+        launch(_relu_backward_kernel, (blocks, chunks), grad_output, args, _OPTIONS)
+    return grad_z, grad_bias

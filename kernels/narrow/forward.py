@@ -1,0 +1,311 @@
+"""Forward of a whole chain of narrow layers in one launch, and when that is better than one a layer.
+
+Rows are independent of each other: a program carries a block of rows through every layer, and what a layer
+leaves for the next stays on the chip. What is the same in all calls of a network is constant to the compiler,
+which compiles once a network, whatever the number of rows.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..gemm import tile_product, tile_range
+from ..launch import COMPILE_OPTIONS, PLANS, Setting, is_regular, launch
+from ..tiles import ITEMSIZE, cdiv
+
+MOST_LAYERS = 8
+WIDEST = 256
+NARROW = 128  # wider layers leave no registers for large blocks of rows
+MOST_IN_REGISTERS = 4  # layers: with eight, Triton 3.6 wants more tensor memory than sm_100 has
+
+
+class Form(NamedTuple):
+    """How a program goes through the layers, and how it is compiled."""
+
+    BLOCK_M: int  # rows at a time
+    BLOCK_K: int  # of a product's reduction at a time, where it is not the whole
+    num_warps: int
+    num_stages: int
+    STAGED: bool  # activations go from layer to layer through the L2 cache, else they stay in registers
+
+
+# All are compiled for sm_80, sm_90 and sm_100 by tests/kernels/test_codegen.py. None has been timed yet.
+FEW_ROWS: dict[str, Form] = {  # a block for every multiprocessor; and irregular operands and wide layers
+    "half": Form(16, 64, 8, 2, True),
+    "tf32": Form(16, 32, 8, 2, True),
+    "ieee": Form(16, 16, 8, 2, True),
+}
+THROUGH_CACHE: dict[str, Form] = {  # TF32 has no larger one without spills
+    "half": Form(64, 64, 8, 2, True),
+    "ieee": Form(32, 16, 8, 1, True),
+}
+# For the forward, whose hidden activations need not be stored; of the backward every gradient is. float32
+# does not fit in the registers.
+IN_REGISTERS = Form(64, 64, 8, 2, False)
+
+# A launch that is saved is worth the time in which a multiprocessor reads so many bytes of weights from the
+# L2 cache: about 2 us, at 64 bytes a clock.
+BYTES_A_LAUNCH = 2**18
+
+
+def select_form(
+    M: int, widths: Sequence[int], kind: str, regular: bool, forward: bool, num_sms: int
+) -> Form | None:
+    """The form for M rows through layers of these widths, or None: they are too many or too wide.
+
+    widths: of the first layer's input, then of each layer's output; regular: all that is read is, see
+    is_regular.
+    """
+    if len(widths) - 1 > MOST_LAYERS or max(widths[1:]) > WIDEST or min(widths) < 1:
+        return None
+    few = cdiv(M, FEW_ROWS[kind].BLOCK_M) <= num_sms
+    if few or not regular or max(widths[1:]) > NARROW or kind not in THROUGH_CACHE:
+        return FEW_ROWS[kind]
+    if forward and kind == "half" and len(widths) - 1 <= MOST_IN_REGISTERS:
+        return IN_REGISTERS
+    return THROUGH_CACHE[kind]
+
+
+def wins(form: Form, M: int, weights: int, launches: int, columns: int, itemsize: int, num_sms: int) -> bool:
+    """Whether one launch is expected to take less time than one a layer, by rule, not by measurement.
+
+    Every block of rows reads all weights (``weights`` elements) from the L2 cache, one after the other. That
+    saves so many launches, and so many columns of M rows that would be read or written once more.
+    """
+    if cdiv(M, form.BLOCK_M) <= num_sms:
+        return weights * itemsize <= launches * BYTES_A_LAUNCH
+    # Memory is about half as fast as the cache.
+    return weights <= 2 * form.BLOCK_M * columns
+
+
+@triton.jit
+def rows_product(
+    a,  # (BLOCK_M, PADDED_K) block of rows in registers, zero past K, or None: at a_ptr
+    a_ptr,  # start of the block's first row in A (M, K)
+    b_ptr,  # B (K, N)
+    offs_m,
+    valid_m,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    N,  # of B, columns from b_ptr on: PADDED_N of them at most are looked at
+    zero,  # see _narrow_forward_kernel
+    K: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    PADDED_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A block of rows of A times the whole of B, in float32: (BLOCK_M, PADDED_N)."""
+    n = tl.arange(0, PADDED_N)
+    if a is None:
+        product = tile_product(
+            a_ptr, b_ptr, offs_m, n, valid_m, n < N, 0, K + zero, stride_am, stride_ak, stride_bk, stride_bn,
+            BLOCK_M, PADDED_N, BLOCK_K, INPUT_PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        k = tl.arange(0, PADDED_K)
+        b = tl.load(
+            b_ptr + k[:, None] * stride_bk + n[None, :] * stride_bn,
+            mask=(k < K)[:, None] & (n < N)[None, :],
+            other=0.0,
+        )
+        if UPCAST:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        product = tl.dot(a, b, input_precision=INPUT_PRECISION)
+    return product
+
+
+@triton.jit
+def store_rows(out_ptr, rows, offs_m, valid_m, N, pitch, PADDED_N: tl.constexpr):
+    """N columns of a block of rows, to where its first one belongs."""
+    n = tl.arange(0, PADDED_N)
+    mask = valid_m[:, None] & (n < N)[None, :]
+    tl.store(out_ptr + offs_m[:, None] * pitch + n[None, :], rows, mask=mask)
+
+
+@triton.jit
+def _finished(
+    z,
+    bias_ptr,
+    stride_b,
+    y_ptr,  # (rows, N), contiguous, or None
+    first_m,  # the row of it where the block's first belongs
+    offs_m,
+    valid_m,
+    N: tl.constexpr,
+    PADDED_N: tl.constexpr,
+    RELU: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """The block of rows that a layer leaves, stored where it is kept."""
+    n = tl.arange(0, PADDED_N)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + n * stride_b, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if RELU:
+        # max() drops NaN unless told to keep it; torch.relu keeps it.
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if N < PADDED_N:
+        z = tl.where((n < N)[None, :], z, 0.0)  # inf * 0 is NaN, and it goes into the next product
+    y = z.to(dtype)
+    if y_ptr is not None:
+        store_rows(y_ptr + first_m * N, y, offs_m, valid_m, N, N, PADDED_N)
+    return y
+
+
+@triton.jit(do_not_specialize=["M"])
+def _narrow_forward_kernel(
+    x_ptr,  # (M, K)
+    weight_ptrs,  # of each layer: (N, K)
+    bias_ptrs,  # (N,) or None
+    y_ptrs,  # (M, N), contiguous, of layers from number KEEP on; before: (programs * BLOCK_M, N), or None
+    M,
+    stride_xm,
+    stride_xk,
+    # 0, and the compiler must not know. What is the same for every block of rows, addresses say, it would
+    # compute before the loop and keep for all layers at once, and unroll short reductions: spilled registers.
+    zero,
+    WIDTHS: tl.constexpr,  # K of the first layer, then each layer's N
+    PADDED: tl.constexpr,  # the same, rounded up to a power of two
+    STRIDES: tl.constexpr,  # of each layer: those of weight, and that of bias
+    KEEP: tl.constexpr,
+    FINAL_RELU: tl.constexpr,
+    STAGED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    for block in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=1):
+        first_m, offs_m, valid_m = tile_range(tl.cast(block, tl.int32), BLOCK_M, M, False)
+        origin = block * zero
+        own = tl.program_id(0).to(tl.int64) * BLOCK_M
+        dtype = x_ptr.dtype.element_ty
+        z = rows_product(
+            None, x_ptr + first_m * stride_xm, weight_ptrs[0] + origin, offs_m, valid_m,
+            stride_xm, stride_xk, STRIDES[0][1], STRIDES[0][0],
+            WIDTHS[1], zero, WIDTHS[0], PADDED[0], PADDED[1], BLOCK_M, BLOCK_K, INPUT_PRECISION, UPCAST,
+        )  # fmt: skip
+        y = _finished(
+            z, bias_ptrs[0], STRIDES[0][2], y_ptrs[0], first_m if KEEP == 0 else own, offs_m, valid_m,
+            WIDTHS[1], PADDED[1], FINAL_RELU or len(WIDTHS) > 2, dtype,
+        )  # fmt: skip
+        for i in tl.static_range(1, len(WIDTHS) - 1):
+            tl.debug_barrier()  # what the other threads of this program wrote
+            held = None if STAGED else y
+            y_ptr = y_ptrs[i - 1] + (first_m if i > KEEP else own) * WIDTHS[i] if STAGED else None
+            z = rows_product(
+                held, y_ptr, weight_ptrs[i] + origin, offs_m, valid_m,
+                WIDTHS[i], 1, STRIDES[i][1], STRIDES[i][0],
+                WIDTHS[i + 1], zero, WIDTHS[i], PADDED[i], PADDED[i + 1],
+                BLOCK_M, BLOCK_K, INPUT_PRECISION, UPCAST,
+            )  # fmt: skip
+            y = _finished(
+                z, bias_ptrs[i], STRIDES[i][2], y_ptrs[i], first_m if i >= KEEP else own, offs_m, valid_m,
+                WIDTHS[i + 1], PADDED[i + 1], FINAL_RELU or i < len(WIDTHS) - 2, dtype,
+            )  # fmt: skip
+        if STAGED and KEEP > 0:
+            tl.debug_barrier()  # before the next block of rows goes where the others may still be reading
+
+
+class _Plan(NamedTuple):
+    grid: tuple[int]
+    scratch_rows: int
+    options: dict[str, Any]
+
+
+def options_of(form: Form, widths: tuple[int, ...], setting: Setting) -> dict[str, Any]:
+    """The options that forward and backward share."""
+    return (
+        COMPILE_OPTIONS
+        | form._asdict()
+        | {
+            "WIDTHS": widths,
+            "PADDED": tuple(max(16, 1 << (width - 1).bit_length()) for width in widths),
+            "INPUT_PRECISION": "tf32" if setting.kind == "tf32" else "ieee",
+            "UPCAST": setting.upcast,
+        }
+    )
+
+
+def programs(form: Form, M: int, num_sms: int) -> int:
+    """A persistent grid: 16 warps a multiprocessor, or less where there are not so many blocks of rows."""
+    return min(cdiv(M, form.BLOCK_M), num_sms * (16 // form.num_warps))
+
+
+@functools.lru_cache(PLANS)
+def _plan(
+    M: int,
+    widths: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...],
+    final_relu: bool,
+    keep: int,
+    regular: bool,
+    setting: Setting,
+    form: Form | None,
+) -> _Plan | None:
+    """None where one launch a layer is better."""
+    num_sms = setting.device.num_sms
+    if form is None:
+        form = select_form(M, widths, setting.kind, regular, True, num_sms)
+        hidden = widths[1:-1]
+        columns = 2 * sum(hidden) - sum(hidden[keep:])  # written and read, or read
+        weights = sum(N * K for K, N in itertools.pairwise(widths))
+        if form is None:
+            return None
+        mode = "inference" if keep == len(hidden) else "training"
+        better = setting.table.in_one_launch(mode, setting.kind, M, widths, final_relu)
+        if better is None:
+            better = wins(form, M, weights, len(hidden), columns, ITEMSIZE[setting.kind], num_sms)
+        if not better:
+            return None
+    options = options_of(form, widths, setting) | {"STRIDES": strides, "KEEP": keep, "FINAL_RELU": final_relu}
+    grid = programs(form, M, num_sms)
+    return _Plan((grid,), grid * form.BLOCK_M if form.STAGED else 0, options)
+
+
+def narrow_forward(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    final_relu: bool,
+    keep: int,
+    setting: Setting,
+    form: Form | None = None,
+) -> list[torch.Tensor] | None:
+    """What mlp_forward returns, by one launch; None where one a layer is better.
+
+    form: that one, whatever is better, for tests and timings.
+    """
+    M = x.shape[0]
+    steps = [0 if bias is None else bias.stride(0) for bias in biases]
+    if M == 0 or max(steps) >= 2**22 or not all(map(counts_in_32_bits, (x, *weights))):
+        return None
+    strides = tuple([(*weight.stride(), step) for weight, step in zip(weights, steps, strict=True)])
+    widths = (x.shape[1], *[weight.shape[0] for weight in weights])
+    regular = is_regular(x) and all(map(is_regular, weights))
+    plan = _plan(M, widths, strides, final_relu, keep, regular, setting, form)
+    if plan is None:
+        return None
+    grid, scratch_rows, options = plan
+    ys = [
+        x.new_empty(M if i >= keep else scratch_rows, N) if i >= keep or scratch_rows else None
+        for i, N in enumerate(widths[1:])
+    ]
+    args = (x, tuple(weights), tuple(biases), tuple(ys), M, *x.stride(), 0)
+    launch(_narrow_forward_kernel, grid, x, args, options)
+    return [y for y in ys[keep:] if y is not None]
+
+
+def counts_in_32_bits(x: torch.Tensor) -> bool:
+    """Whether offsets within a block of rows, or of the largest weight, are less than 2**31 elements."""
+    return max(x.stride()) < 2**22 and x.shape[1] < 2**22

@@ -1,0 +1,201 @@
+"""What works with PyTorch's tools and how, gathered from the tests that show it: docs/compatibility.md.
+
+A test with ``@pytest.mark.capability(section, name)`` and the fixture ``route`` runs on PyTorch's own path
+and, as far as can be, on the kernels; ``pytest --compatibility FILE`` writes the table of what became of it.
+"""
+
+import collections
+import contextlib
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fusedmlp.dispatch import backend_choice, predicate
+
+_PROPERTY = "capability"
+_SAMPLES = "samples"
+
+
+class Route:
+    """One run of a test: ``kernels`` says whether kernels run wherever they can, ``reasons`` what was said.
+
+    reasons: for each stretch of layers that ran, None if on the kernels, else why not.
+    """
+
+    def __init__(self, kernels: bool) -> None:
+        self.kernels = kernels
+        self.reasons: list[str | None] = []
+
+    def note(self, run: backend_choice.Run) -> None:
+        if run.reason != "backend('torch') is in force":  # what a test compares with
+            self.reasons.append(run.reason)
+
+
+@contextlib.contextmanager
+def taken(route: Route) -> Iterator[None]:
+    """Take this route, in this thread: other threads and processes of a test enter it for themselves."""
+    with pytest.MonkeyPatch.context() as patch, backend_choice.recorded(route.note):
+        if route.kernels:  # the layers here are far too small for "auto", and are on a CPU
+            patch.setattr(predicate, "_why_not_worth_it", lambda *arguments: None)
+            patch.setattr(predicate, "_interpreted", _interpreted)
+        yield
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Inside ``taken`` of the plain route: with nobody to be told, calls on a CPU take a shorter way."""
+    with backend_choice.recorded(None):  # type: ignore[arg-type]
+        yield
+
+
+def _interpreted(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and predicate._interpreting()
+
+
+@pytest.fixture(params=["plain", pytest.param("kernels", marks=pytest.mark.kernels)])
+def route(request: pytest.FixtureRequest) -> Iterator[Route]:
+    """The test runs twice: as on a CPU, and with the kernels wherever they can run."""
+    route = Route(request.param == "kernels")
+    marker = request.node.get_closest_marker("capability")
+    if marker is not None:  # the report of the call carries the list as the test has filled it
+        request.node.user_properties.append((_PROPERTY, [*marker.args, route.kernels, route.reasons]))
+    with taken(route):
+        yield route
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marker = item.get_closest_marker("capability")
+        if marker is not None and item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            # It will be skipped before route is asked for, and is a row all the same.
+            kernels = getattr(item, "callspec").params.get("route") == "kernels"  # noqa: B009  of a Function
+            item.user_properties.append((_PROPERTY, [*marker.args, kernels, []]))
+
+
+@pytest.fixture
+def sampled(request: pytest.FixtureRequest, route: Route) -> Callable[..., None]:
+    """Called after each of PyTorch's own samples that came out right, so that the run can say how many."""
+    counts: dict[str, list[int]] = {}
+    request.node.user_properties.append((_SAMPLES, [route.kernels, counts]))
+
+    def one_more(of: str, fused: bool = False) -> None:
+        count = counts.setdefault(of, [0, 0])
+        count[0] += 1
+        count[1] += fused
+
+    return one_more
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--compatibility", metavar="FILE", help="write the table of capabilities to this file")
+
+
+def _short(reason: str) -> str:
+    """Without the shapes and dtypes of one case."""
+    reason = re.sub(r"^the shapes do not fit: .*", "the shapes do not fit", reason)
+    reason = re.sub(r"weights\[\d+\]", "weight", re.sub(r"biases\[\d+\]", "bias", reason))
+    return re.sub(r"^(weight|bias) is torch\.\w+, x torch\.\w+$", r"\1 and x differ in dtype", reason)
+
+
+class _Result:
+    """What became of all tests of one capability on one route."""
+
+    def __init__(self) -> None:
+        self.outcomes: set[str] = set()
+        self.reasons: list[str | None] = []
+        self.unsupported: list[str] = []
+        self.skipped: list[str] = []
+
+    def __str__(self) -> str:
+        if not self.outcomes:
+            return f"not run: {'; '.join(dict.fromkeys(self.skipped))}" if self.skipped else "not run"
+        if "failed" in self.outcomes:
+            return "**fails**"
+        if self.unsupported:
+            return f"not supported: {'; '.join(sorted(set(self.unsupported)))}"
+        reasons = sorted({_short(reason) for reason in self.reasons if reason is not None})
+        if None in self.reasons:
+            return "works fused" + (f"; in part PyTorch's own path: {'; '.join(reasons)}" if reasons else "")
+        return f"PyTorch's own path: {'; '.join(reasons)}" if reasons else "works; no layer runs"
+
+
+def table(reports: list[pytest.TestReport]) -> str:
+    """The capabilities in the order of their sections' and own names, as Markdown."""
+    results: dict[tuple[str, str], dict[bool, _Result]] = collections.defaultdict(
+        lambda: collections.defaultdict(_Result)
+    )
+    for report in reports:
+        for key, value in report.user_properties:
+            if key == _PROPERTY:
+                section, name, kernels, reasons = value
+                result = results[section, name][kernels]
+                if report.skipped and not hasattr(report, "wasxfail"):
+                    assert isinstance(report.longrepr, tuple)
+                    result.skipped.append(report.longrepr[2].removeprefix("Skipped: "))
+                    continue
+                result.outcomes.add("failed" if report.failed else "passed")
+                result.reasons += reasons
+                if hasattr(report, "wasxfail"):
+                    result.unsupported.append(str(report.wasxfail))
+    lines: list[str] = []
+    before = None
+    for (section, name), routes in sorted(results.items()):
+        if section != before:
+            lines += [
+                "",
+                f"## {section}",
+                "",
+                "| capability | where the kernels can run | on a CPU |",
+                "|---|---|---|",
+            ]
+            before = section
+        plain = routes[False]
+        cpu = "works" if str(plain).startswith(("PyTorch's", "works")) else str(plain)
+        lines.append(f"| {name} | {routes[True]} | {cpu} |")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def how_many(reports: list[pytest.TestReport]) -> list[str]:
+    """A line for each of PyTorch's descriptions: how many samples passed, and how many on the kernels."""
+    totals: dict[str, list[int]] = {}
+    for report in reports:
+        for key, value in report.user_properties:
+            if key == _SAMPLES:
+                kernels, counts = value
+                for of, (all_, fused) in counts.items():
+                    total = totals.setdefault(of, [0, 0, 0])
+                    total[kernels] += all_
+                    total[2] += fused
+    return [
+        f"{of}: {plain} plain, {kernels} with the kernels allowed ({fused} ran on them)"
+        for of, (plain, kernels, fused) in sorted(totals.items())
+    ]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    lines = how_many(terminalreporter.stats.get("passed", []))
+    if lines:
+        terminalreporter.section("samples of PyTorch's own that passed")
+        for line in lines:
+            terminalreporter.write_line(line)
+    file = config.getoption("--compatibility")
+    if file:
+        kinds = ("passed", "failed", "skipped", "xfailed", "xpassed")
+        reports = [report for kind in kinds for report in terminalreporter.stats.get(kind, [])]
+        reports = [report for report in reports if isinstance(report, pytest.TestReport)]  # no skipped file
+        pathlib.Path(file).write_text(_HEAD + table(reports), encoding="utf-8")
+        terminalreporter.write_line(f"wrote {file}")
+
+
+_HEAD = """# What works with PyTorch's tools, and how
+
+Written by `pytest --compatibility docs/compatibility.md`, from the tests that show each row; none is by hand.
+*Works fused*: on the kernels, here in Triton's interpreter where there is no GPU. *PyTorch's own path*: as
+without this package, for the reason given. *Not supported*: for the reason given.
+
+"""
