@@ -1,5 +1,8 @@
-"""Measure what is faster on this machine, and what is not: ``python -m benchmarks --help``."""
+"""Measure where fusedmlp is faster than PyTorch on this machine, and where not: ``python -m benchmarks``.
+
+Every ratio compares times of one run. Reports show losses first, and the noise beside each time.
+"""
 
 import time
 
-BEGAN = time.monotonic()  # of this process, near enough: before PyTorch, whose import takes seconds
+BEGAN = time.monotonic()  # when this process began: measured before PyTorch is imported, which takes seconds

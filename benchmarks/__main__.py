@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure, compare, or do all that a rented card is worth."""
+"""``python -m benchmarks``: measure, compare two measurements, or do everything on a rented GPU."""
 
 import argparse
 import importlib.util
@@ -16,14 +16,14 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="What is faster on this machine, and what is not. Without a command it is 'run'; each "
-        "command has a --help of its own.",
+        description="Measure where fusedmlp is faster than PyTorch on this machine, and where not. The "
+        "default command is 'run'. Each command has its own --help.",
         epilog="example: python -m benchmarks --quick; python -m benchmarks report old/results.json "
         "new/results.json",
     )
     subparsers = parser.add_subparsers(required=True, metavar="run | report | gpu-session")
-    for room in (sweep, report, session):
-        room.add_parser(subparsers)
+    for module in (sweep, report, session):
+        module.add_parser(subparsers)
     arguments = sys.argv[1:]
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["run", *arguments]

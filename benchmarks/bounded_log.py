@@ -1,17 +1,17 @@
-"""A log that stays small enough to be brought back, however much the programs that write to it say."""
+"""A log file that stays below a given size, however much is written to it."""
 
+import contextlib
 import os
 import pathlib
 import threading
-from types import TracebackType
 
 CUT = "\n[... {:,} bytes were cut out here, so that this file does not become too large ...]\n"
 
 
-class BoundedLog:
-    """A file that is appended to in sections. Of a section that grows too long the middle is cut out.
+class BoundedLog(contextlib.AbstractContextManager["BoundedLog"]):
+    """A file written in sections. The middle of a section that grows too long is cut out.
 
-    What was written is on disk at once. Several threads may write.
+    Every write reaches the disk at once. Several threads may write.
     """
 
     def __init__(self, path: pathlib.Path, most: int) -> None:
@@ -21,9 +21,9 @@ class BoundedLog:
         self.begin_section(1)
 
     def begin_section(self, to_come: int) -> None:
-        """From here on something else is told of; to_come: how many sections will be, this one included."""
+        """Begin a section; to_come: how many sections are still to come, including this one."""
         self._start = self._file.seek(0, os.SEEK_END)
-        # Where earlier commands have filled the file, a section may still say a little.
+        # A section may write a little even if earlier commands have filled the file.
         self._room = max(2**14, (self._most - self._start) // to_come)
         self._cut = 0
 
@@ -36,7 +36,7 @@ class BoundedLog:
                 self._cut_the_middle()
 
     def _cut_the_middle(self) -> None:
-        """Keep the first quarter of the room and as much of the end; the rest is for what comes."""
+        """Keep the first and the last quarter of the section's room, so half of it is free again."""
         quarter = self._room // 4
         head = self._start + quarter
         end = self._file.seek(0, os.SEEK_END)
@@ -49,10 +49,5 @@ class BoundedLog:
         self._file.write(CUT.format(self._cut).encode() + last)
         self._file.flush()
 
-    def __enter__(self) -> "BoundedLog":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()

@@ -1,8 +1,8 @@
-"""What is measured: shapes, dtypes and kinds of work, and what each costs at least."""
+"""The cases that are measured: kinds of work, shapes and dtypes, with the FLOPs and bytes of each."""
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ DTYPES = {
 
 @contextlib.contextmanager
 def arithmetic(dtype: str) -> Iterator[None]:
-    """Inside, float32 products are TF32 if this key of DTYPES says so, and IEEE if not."""
+    """Compute float32 products in TF32 inside if ``dtype``, a key of DTYPES, is "tf32", otherwise in IEEE."""
     matmul: Any = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
@@ -31,7 +31,7 @@ def arithmetic(dtype: str) -> Iterator[None]:
 
 
 class Case(NamedTuple):
-    """One kind of work on ``rows`` through layers of these widths; a layer ends in a ReLU, an MLP not."""
+    """One kind of work on ``rows`` rows. A layer ends in a ReLU, an MLP does not."""
 
     what: str
     rows: int
@@ -39,7 +39,11 @@ class Case(NamedTuple):
     dtype: str  # a key of DTYPES; "tf32" is float32 with TF32 products allowed
 
     def __str__(self) -> str:
-        return f"{self.what} {self.rows}x{'x'.join(map(str, self.widths))} {self.dtype}"
+        return f"{self.what} {self.size}"
+
+    @property
+    def size(self) -> str:
+        return f"{self.rows}x{'x'.join(map(str, self.widths))} {self.dtype}"
 
     @property
     def final_relu(self) -> bool:
@@ -51,7 +55,7 @@ class Case(NamedTuple):
 
     @property
     def need_x(self) -> bool:
-        """Whether the input's gradient is wanted: of a layer in the middle, not of data."""
+        """Whether to compute the gradient of the input: for a layer inside a network, not for data."""
         return self.what == LAYER_BOTH
 
     @property
@@ -88,10 +92,19 @@ class Case(NamedTuple):
         return values * DTYPES[self.dtype].itemsize
 
 
-MNIST = (784, 256, 128, 10)
-NARROW = ((64,) * 5, (128,) * 5)  # deep ones, all of one width
+def network(widths: Sequence[int], final_relu: bool = False, nn: Any = torch.nn) -> torch.nn.Sequential:
+    """Linear layers of these widths with a ReLU between them and, if ``final_relu``, after the last."""
+    layers: list[torch.nn.Module] = []
+    for K, N in itertools.pairwise(widths):
+        layers += [nn.Linear(K, N), nn.ReLU()]
+    model: torch.nn.Sequential = nn.Sequential(*(layers if final_relu else layers[:-1]))
+    return model
 
-# Rows and widths, the most telling first: what runs last is what there may be no time for.
+
+MNIST = (784, 256, 128, 10)
+NARROW = ((64,) * 5, (128,) * 5)  # four layers of one width
+
+# Rows and widths. The most informative come first, because the time may end before the last.
 LAYERS = (
     (65536, 256, 256),
     (8192, 4096, 4096),
@@ -132,7 +145,7 @@ def _of(kinds: Iterable[str], shapes: Iterable[tuple[int, ...]], dtypes: Iterabl
 
 
 def sweep() -> list[Case]:
-    """Everything, the most telling first."""
+    """All cases, the most informative first."""
     cases = []
     for dtypes in (("bfloat16",), ("tf32",), ("float16", "float32")):
         cases += _of((STEP,), STEPS, dtypes)
@@ -142,25 +155,25 @@ def sweep() -> list[Case]:
 
 
 def quick() -> list[Case]:
-    """A few of each kind."""
+    """A few cases of each kind."""
     cases = _of((STEP,), [STEPS[0], STEPS[2]], ("bfloat16", "tf32"))
     cases += _of((BOTH, INFERENCE), [MLPS[1], MLPS[3], MLPS[5], MLPS[6]], ("bfloat16",))
     return cases + _of((LAYER_BOTH, LAYER_FORWARD), LAYERS[:4], ("bfloat16",))
 
 
 def numerics() -> list[Case]:
-    """Real sizes of which every result is compared with float64: what a kernel can do wrong, first."""
+    """Real sizes whose results are compared with float64, those that are hardest for a kernel first."""
     mlps = [MLPS[i] for i in (1, 9, 5, 3, 4, 6, 10)]
     return _of((BOTH,), mlps, DTYPES) + _of((LAYER_BOTH,), [LAYERS[i] for i in (3, 6, 10, 1)], DTYPES)
 
 
 def on_a_cpu() -> list[Case]:
-    """What PyTorch's own operators do on a CPU, with our modules around them and without."""
+    """Cases for a CPU, where PyTorch's operators compute everything: they show what our modules add."""
     cases = _of((STEP, BOTH, INFERENCE), ((1, *MNIST), (64, *MNIST), (1024, *MNIST)), ("float32",))
     return cases + _of((LAYER_BOTH, LAYER_FORWARD), ((1, 784, 256), (512, 784, 256)), ("float32",))
 
 
 def dry() -> list[Case]:
-    """Every kind of case, for Triton's interpreter: tiny, and not in bfloat16, to which it does not round."""
+    """Tiny cases of every kind for Triton's interpreter; not in bfloat16, to which it does not round."""
     cases = _of((STEP, BOTH, INFERENCE), ((8, 20, 16, 10),), ("float32", "tf32"))
     return cases + _of((LAYER_BOTH, LAYER_FORWARD), ((8, 16, 16), (5, 17, 7)), ("float32", "float16"))

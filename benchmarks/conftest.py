@@ -1,4 +1,4 @@
-"""The ``race`` fixture: contestants take turns, and all tables are printed at the end."""
+"""The ``race`` fixture of ``pytest benchmarks``: time several ways to compute the same, and print tables."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ _TABLES = pytest.StashKey[dict[str, list[Row]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="a few rounds and sizes: does it run, not how fast")
+    parser.addoption("--quick", action="store_true", help="few rounds and sizes: only test that it runs")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,7 +27,10 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def race(request: pytest.FixtureRequest, quick: bool) -> Iterator[Race]:
-    """``race(title, row, contestants)``: one thread; a row of the table of that title, the first is eager."""
+    """``race(title, row, contestants)`` adds a row to the table ``title``; the first contestant is eager.
+
+    Contestants run in one thread and take turns, see interleaved.py. pytest prints the tables at the end.
+    """
 
     def run(title: str, row: str, contestants: Mapping[str, Callable[[], object]]) -> None:
         timings = interleaved(contestants, seconds=0.1, rounds=3) if quick else interleaved(contestants)
@@ -49,5 +52,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     band = noise([row for rows in tables.values() for row in rows])
     if band is not None:
         terminalreporter.write_line(
-            f"\nEager against itself: {band[0]:.2f} to {band[1]:.2f}. What is in there is noise."
+            f"\nEager against itself: {band[0]:.2f} to {band[1]:.2f}. Ratios in this range are noise."
         )

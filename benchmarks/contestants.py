@@ -1,10 +1,11 @@
-"""Who competes in a case, and whether what they compute is right.
+"""The contestants of a case, PyTorch's and ours, and the check that their results are accurate.
 
-All contestants of a case share its inputs and weights; each trains weights of its own. A contestant is
-prepared only when its turn comes, and tells by an exception that it cannot run.
+All contestants of a case share its inputs and weights; in a training step each changes its own copy. A
+contestant is prepared only when its turn comes, and raises an exception if it cannot run.
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,19 +14,20 @@ from torch import nn
 from torch.nn import functional as F
 
 import fusedmlp
-from benchmarks.cases import DTYPES, LAYER_FORWARD, STEP, Case, arithmetic
+from benchmarks.cases import DTYPES, LAYER_FORWARD, STEP, Case, arithmetic, network
 from benchmarks.timing import warm_up_on_a_side_stream
 from fusedmlp.torch_tools import cuda_graph
 from fusedmlp.torch_tools.accuracy import compare
 
 Results = tuple[torch.Tensor, ...]
 
-# Which input is checked: not the first, on which graphs are captured, for one could be deaf to its input.
+# The input whose results are checked. Graphs are captured with input 0, and one that ignored new inputs
+# would be found with another.
 CHECKED = 1
 
 
 class Work:
-    """The tensors of one case: weights, and inputs in rotation, so many that no cache keeps them."""
+    """The tensors of one case: the weights, and ``copies`` inputs in rotation, too many for the cache."""
 
     def __init__(self, case: Case, device: torch.device, copies: int) -> None:
         self.case, self.dtype = case, DTYPES[case.dtype]
@@ -34,10 +36,8 @@ class Work:
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
 
-        modules: list[nn.Module] = []
-        for K, N in case.layers:
-            modules += [nn.Linear(K, N, device=device, dtype=self.dtype), nn.ReLU()]
-        self.model = nn.Sequential(*(modules if case.final_relu else modules[:-1]))
+        with device:
+            self.model = network(case.widths, case.final_relu).to(self.dtype)
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.copy_(random(*parameter.shape) / parameter.shape[-1] ** 0.5)
@@ -47,12 +47,12 @@ class Work:
         self.labels = torch.randint(N, (case.rows,), generator=generator, device=device)
 
     def own_model(self) -> nn.Sequential:
-        """torch.nn's. Its parameters are shared, but for a training step, which changes them."""
+        """A torch.nn model. It shares the parameters, except in a training step, which changes them."""
         shared = {} if self.case.what == STEP else {id(p): p for p in self.model.parameters()}
         return copy.deepcopy(self.model, shared)
 
     def fused_model(self, per_layer: bool = False) -> nn.Module:
-        """The same of fusedmlp, which runs it as a chain, or layer by layer."""
+        """The same model with fusedmlp's modules, which run it as one chain or, if asked, layer by layer."""
         if not per_layer:
             return fusedmlp.fuse(self.own_model())
         modules: list[nn.Module] = []
@@ -68,9 +68,9 @@ class Work:
 
 
 class Runner:
-    """One contestant's way through the work: call it with the number of an input.
+    """Runs the work with one model: call it with the number of an input.
 
-    forward: of an input, and for a training step of the labels as well.
+    forward: takes an input, and in a training step the labels as well.
     """
 
     def __init__(self, work: Work, model: nn.Module, fused_optimizer: bool = True) -> None:
@@ -100,7 +100,7 @@ class Runner:
         return (loss.detach(),)
 
     def restore(self) -> None:
-        """Back to where a training began, in the same memory, for there may be a graph that uses it."""
+        """Reset the training in place, because a CUDA graph may use this memory."""
         if self.optimizer is not None:
             for parameter, start in zip(self.parameters, self.start, strict=True):
                 parameter.detach().copy_(start)
@@ -109,7 +109,7 @@ class Runner:
                         value.zero_()
 
     def results(self, run: Callable[[int], Results]) -> Results:
-        """What there is to check: of a step the loss and by how much each parameter changed."""
+        """The results to check. Those of a step are the loss and the change of each parameter."""
         self.restore()
         found = tuple(result.clone() for result in run(CHECKED))
         if self.optimizer is not None:
@@ -118,11 +118,15 @@ class Runner:
         return found
 
 
-Prepared = tuple[Runner, Callable[[int], Results]]  # and what is to be called and timed
+Prepared = tuple[Runner, Callable[[int], Results]]  # the runner, and the function to time
 
 
 class Contestant(NamedTuple):
-    """family: "torch", "fusedmlp" or "other" (no baseline: it computes something else); graph: in one."""
+    """One way to do the work.
+
+    family: "torch", "fusedmlp" or "other", which is no baseline because it computes something else;
+    graph: whether it runs in a CUDA graph.
+    """
 
     name: str
     family: str
@@ -131,14 +135,12 @@ class Contestant(NamedTuple):
     note: str | None = None
 
 
-def _plain(work: Work) -> Prepared:
-    runner = Runner(work, work.own_model(), fused_optimizer=False)
+def _plain(work: Work, fused_optimizer: bool = False) -> Prepared:
+    runner = Runner(work, work.own_model(), fused_optimizer)
     return runner, runner
 
 
-def _fused_optimizer(work: Work) -> Prepared:
-    runner = Runner(work, work.own_model())
-    return runner, runner
+_fused_optimizer = functools.partial(_plain, fused_optimizer=True)
 
 
 def _in_tf32(work: Work) -> Prepared:
@@ -169,7 +171,7 @@ def _compiled(mode: str) -> Callable[[Work], Prepared]:
             torch.compiler.cudagraph_mark_step_begin()
             return runner(i)
 
-        for _ in range(3):  # its CUDA graphs are recorded by then, and it is these that are checked
+        for _ in range(3):  # records its CUDA graphs, so that these are checked
             run(0)
         return runner, run
 
@@ -177,11 +179,11 @@ def _compiled(mode: str) -> Callable[[Work], Prepared]:
 
 
 def _in_a_graph(prepare: Callable[[Work], Prepared]) -> Callable[[Work], Prepared]:
-    """The same, captured; what a user pays beside the replay is the copy of the input to where it is read."""
+    """The same in a CUDA graph. A call copies the input to the graph's memory and replays the graph."""
 
     def graphed(work: Work) -> Prepared:
         if work.xs[0].device.type != "cuda":
-            raise RuntimeError("CUDA graphs want a GPU")
+            raise RuntimeError("CUDA graphs need a GPU")
         runner, run = prepare(work)
         x = work.xs[0].detach().clone().requires_grad_(work.case.need_x)
         runner.xs = [x]
@@ -199,7 +201,7 @@ def _in_a_graph(prepare: Callable[[Work], Prepared]) -> Callable[[Work], Prepare
 
 
 def _train_step(work: Work) -> Prepared:
-    """On the route that it takes: what is checked and timed is what it comes to after a few steps."""
+    """TrainStep. It captures graphs in its first steps, so it is checked and timed after eight."""
     model = work.fused_model()
     runner = Runner(work, model)
     assert runner.optimizer is not None
@@ -229,25 +231,26 @@ def _fused(backend: Any, per_layer: bool = False) -> Callable[[Work], Prepared]:
 
 
 def contestants(case: Case, device: torch.device, few: bool, compiling: bool) -> list[Contestant]:
-    """Who competes. few: without those that take minutes to prepare; compiling: with torch.compile at all."""
+    """The contestants of a case, eager first.
+
+    few: leave out those that take minutes to compile; compiling: include torch.compile.
+    """
     cuda = device.type == "cuda"
-    # In a training step all but the first have PyTorch's fused optimizer, so that layers are compared.
+    # In a training step all but the first use PyTorch's fused optimizer, so the layers make the difference.
     found = [Contestant("eager", "torch", False, _plain)]
     if case.what == STEP:
         found.append(Contestant("eager, fused optimizer", "torch", False, _fused_optimizer))
     if case.dtype == "float32" and cuda:
-        note = "other arithmetic than asked for: no baseline, not checked"
+        note = "computes in TF32 instead of float32: no baseline, not checked"
         found.append(Contestant("eager TF32", "other", False, _in_tf32, note))
     if case.what == LAYER_FORWARD:
-        note = "makes 0 of NaN, and has no derivative"
+        note = "turns NaN into 0, and has no derivative"
         found.append(Contestant("addmm_activation", "torch", False, _addmm_activation, note))
     if compiling:
         found.append(Contestant("compile", "torch", False, _compiled("default")))
         if cuda and not few:
-            found += [
-                Contestant(f"compile {mode}", "torch", True, _compiled(mode))
-                for mode in ("reduce-overhead", "max-autotune")
-            ]
+            modes = ("reduce-overhead", "max-autotune")
+            found += [Contestant(f"compile {mode}", "torch", True, _compiled(mode)) for mode in modes]
     if cuda:
         found.append(Contestant("eager in a graph", "torch", True, _in_a_graph(_fused_optimizer)))
     found.append(Contestant("fusedmlp auto", "fusedmlp", False, _fused("auto")))
@@ -262,11 +265,11 @@ def contestants(case: Case, device: torch.device, few: bool, compiling: bool) ->
     return found
 
 
-MOST_AT_ONCE = 2**27  # values of the widest layer that are computed in float64 at one time
+MOST_AT_ONCE = 2**27  # how many values of the widest layer are computed in float64 at one time
 
 
 def exactly(work: Work) -> Results:
-    """The checked input's results in float64, some rows at a time: all of a large case would not fit."""
+    """The results of the checked input in float64, some rows at a time, to save memory."""
     case = work.case
     model = copy.deepcopy(work.model).double()
     parameters = list(model.parameters())
@@ -294,22 +297,23 @@ def exactly(work: Work) -> Results:
         for grad, one in zip(grads, found, strict=True):
             grad += one
     if case.what == STEP:
-        return (loss, *(-0.01 * grad for grad in grads))  # the first step: the momentum is the gradient
+        return (loss, *(-0.01 * grad for grad in grads))  # in the first step the momentum is the gradient
     if case.forward_only:
         return (torch.cat(ys),)
     return (torch.cat(ys), *([torch.cat(grad_xs)] if case.need_x else []), *grads)
 
 
 class Check(NamedTuple):
-    """ratio: our error by PyTorch's own, the largest of all results, in maximum and in RMS, without the floor
-    that the verdict allows; problem: None if right."""
+    """ratio: our error divided by PyTorch's, the largest of all results; problem: None if accurate."""
 
     ratio: float | None
     problem: str | None
 
 
-def check(ours: Results, eagers: Results, exact: Results) -> Check:
-    """Whether the error against float64 is at most twice eager PyTorch's, as the package's tests ask."""
+def check(ours: Results, eagers: Results | None, exact: Results) -> Check:
+    """Check that the error against float64 is at most twice eager PyTorch's, see accuracy.compare."""
+    if eagers is None:
+        return Check(None, "not checked: eager PyTorch, to whose error it is compared, did not run")
     if [t.shape for t in ours] != [t.shape for t in exact]:
         return Check(None, "wrong: other shapes")
     worst = 0.0

@@ -1,9 +1,8 @@
-"""Where the time of a training step on a CPU goes, of the plain loop and of TrainStep.
+"""``python -m benchmarks.cpu_profile``: where the time of a training step on a CPU goes.
 
-    python -m benchmarks.cpu_profile              # at batch 64, one thread
-
-Microseconds a step. Products and update are what torch.profiler says of those operators, which are large; the
-rest, of a step that was timed without the profiler, is all other operators, Python and autograd.
+It compares the plain loop with TrainStep, in microseconds per step. "products" and "update" are
+torch.profiler's times of the matmuls and of the optimizer's operators. "rest" is the time of a step without
+the profiler, minus these: other operators, Python and autograd.
 """
 
 import argparse
@@ -11,13 +10,14 @@ import itertools
 import os
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.interleaved import interleaved
-from benchmarks.test_cpu_training import OPTIMIZERS, WIDTHS, bound, ours, plain
+from benchmarks.test_cpu_training import OPTIMIZERS, WIDTHS, ours, plain
 
 PRODUCTS = ("addmm", "mm", "addmm_", "_linear_pointwise")
 UPDATE = ("add_", "mul_", "lerp_", "addcmul_", "addcdiv_", "sqrt", "div", "_fused_adam_", "_fused_sgd_")
@@ -25,28 +25,27 @@ STEPS, PROFILES = 40, 5
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cpu_profile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_profile", description=__doc__)
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="rows (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="to time each optimizer for")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="time for each optimizer")
     options = parser.parse_args()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes of its own work
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints messages
     torch.set_num_threads(options.threads)
     torch.manual_seed(1)
     x, y = torch.randn(options.batch, WIDTHS[0]), torch.randint(WIDTHS[-1], (options.batch,))
-    # Forward, weight gradients, and the gradients of all layers' inputs but the first's.
+    # Forward, weight gradients, and the input gradients of all layers except the first.
     layers = [N * K for K, N in itertools.pairwise(WIDTHS)]
     flops = 2 * options.batch * (3 * sum(layers) - layers[0])
     print(f"{'-'.join(map(str, WIDTHS))}, batch {options.batch}, {options.threads} threads")
     print(f"{'':<20}{'step':>7}{'products':>10}{'GFLOP/s':>9}{'update':>8}{'rest':>7}{'operators':>11}")
     for name, optimizer_of in OPTIMIZERS.items():
-        steps = {"plain loop": bound(plain(optimizer_of), x, y), "TrainStep": bound(ours(optimizer_of), x, y)}
+        steps = {
+            "plain loop": partial(plain(optimizer_of), x, y),
+            "TrainStep": partial(ours(optimizer_of), x, y),
+        }
         for step in steps.values():
-            step()  # the first makes the optimizer's state
+            step()  # creates the optimizer's state
         times = interleaved(steps, options.seconds)
         for who, step in steps.items():
             us = 1e6 * times[who].seconds
@@ -57,9 +56,9 @@ def main() -> int:
 
 
 def _of_operators(step: Callable[[], Any]) -> tuple[float, float, float]:
-    """Microseconds a step in products and in the update, and how many operators PyTorch is called for.
+    """Microseconds per step in products and in the update, and the number of PyTorch operators.
 
-    Medians of several profiles, for other work on the machine is in some.
+    These are medians of several profiles, because other work on the machine disturbs some.
     """
     found = []
     for _ in range(PROFILES):

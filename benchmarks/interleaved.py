@@ -1,9 +1,8 @@
-"""Contestants that take turns, timed in the CPU time of this thread: other work on the machine counts little.
+"""Time contestants in turns, in CPU time of this thread, so that other work on the machine counts little.
 
-Every round runs each contestant once, in an order that is drawn, as it matters who comes after whom. A ratio
-is the median of the ratios of single rounds, its spread their 10 % and 90 %: a machine that becomes slow for
-a while makes all of a round slow. The first contestant is the one all are compared with; give it a second
-time, as "again": its ratio to itself says what the machine's noise can do.
+Every round runs each contestant once, in random order. A ratio is the median of the ratios of single rounds,
+and its spread their 10th and 90th percentile: a machine that is slow for a while slows a whole round. The
+first contestant is the baseline. Enter it a second time as "again": its ratio to itself shows the noise.
 """
 
 import itertools
@@ -13,14 +12,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-AGAIN = "again"  # the name of the first contestant's second entry
-_SAMPLE = 2e-3  # seconds that one turn takes at least
-_PER_BLOCK = 3  # columns of ratios that fit into 80 characters
+AGAIN = "again"  # the name of the baseline's second entry
+_SAMPLE = 2e-3  # the least seconds of one turn
+_PER_BLOCK = 3  # how many columns of ratios fit into 80 characters
 
 
 class Timing(NamedTuple):
-    """seconds: of the median call. ratio: how many times as fast as the first contestant; low, high: 10 %
-    and 90 % of the rounds' ratios."""
+    """seconds: the median call's. ratio: the baseline's time divided by this one; low, high: its spread."""
 
     seconds: float
     ratio: float
@@ -36,7 +34,7 @@ class Row(NamedTuple):
 def interleaved(
     contestants: Mapping[str, Callable[[], object]], seconds: float = 2.0, rounds: int = 7
 ) -> dict[str, Timing]:
-    """Time the contestants for so many seconds of CPU time, and so many rounds at least."""
+    """Time the contestants for ``seconds`` of CPU time, and at least ``rounds`` rounds."""
     calls = {name: _calls_of(run) for name, run in contestants.items()}
     names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -51,7 +49,7 @@ def interleaved(
 
 
 def table(title: str, rows: list[Row]) -> str:
-    """Of rows with the same contestants: microseconds of the first, and everybody's ratio to it."""
+    """A table of rows: the baseline's microseconds, and the other contestants' ratios to it."""
     first, *others = rows[0].timings
     width = max(len(row.name) for row in rows)
     lines = [title]
@@ -68,7 +66,7 @@ def table(title: str, rows: list[Row]) -> str:
 
 
 def noise(rows: list[Row]) -> tuple[float, float] | None:
-    """The least and the largest ratio of a contestant to itself, if any was entered twice."""
+    """The least and the largest ratio of a baseline to itself, if any was entered twice."""
     ratios = [row.timings[AGAIN].ratio for row in rows if AGAIN in row.timings]
     return (min(ratios), max(ratios)) if ratios else None
 
@@ -81,7 +79,7 @@ def _time(run: Callable[[], object], calls: int) -> float:
 
 
 def _calls_of(run: Callable[[], object]) -> int:
-    """After a warm-up: how many calls fill a turn."""
+    """How many calls fill a turn, found after a warm-up."""
     run()
     run()
     return max(1, round(_SAMPLE / max(_time(run, 1), 1e-7)))

@@ -1,6 +1,6 @@
-"""``python -m benchmarks.numerics``: no times, only whether every result is right, at real sizes.
+"""``python -m benchmarks.numerics``: check every result at real sizes against float64, without timing.
 
-With ``--sanitize`` small cases under NVIDIA's compute-sanitizer, which sees every access to memory.
+``--sanitize`` runs small cases under NVIDIA's compute-sanitizer, which checks every access to memory.
 """
 
 import argparse
@@ -17,15 +17,15 @@ import torch
 from benchmarks import cases, results, sweep
 from benchmarks.statuses import LEFT_OUT, TIME_OVER
 
-FOUND = 86  # compute-sanitizer's exit status when it has found something
+FOUND = 86  # the exit status that compute-sanitizer is told to use for errors
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.numerics", description=__doc__)
     parser.add_argument("--small", action="store_true", help="tiny cases, as in a dry run")
-    parser.add_argument("--sanitize", action="store_true", help="small ones under compute-sanitizer")
+    parser.add_argument("--sanitize", action="store_true", help="tiny cases under compute-sanitizer")
     parser.add_argument("--only", default="fusedmlp*", metavar="PATTERN", help="contestants to check")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so many")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after this time")
     options = parser.parse_args()
     return _sanitized(options.minutes) if options.sanitize else _check(options)
 
@@ -61,14 +61,10 @@ def _check(options: argparse.Namespace) -> int:
         print("interrupted")
     print(f"\n{count} checks: {len(wrong)} wrong, {len(absent)} did not run")
     print(f"largest error {worst[0]:.2f} times PyTorch's own ({worst[1] or 'nothing was right'})")
-    if wrong or absent:
-        print("\n".join([*wrong, *absent][:5]))
-    print(f"{done} of {len(chosen)} cases done")
+    print("\n".join([*[*wrong, *absent][:5], f"{done} of {len(chosen)} cases done"]))
     if wrong or absent:
         return 1
-    if done < len(chosen):
-        return TIME_OVER
-    return 0 if count else 1
+    return TIME_OVER if done < len(chosen) else 0 if count else 1
 
 
 def _sanitized(minutes: float) -> int:
@@ -77,29 +73,25 @@ def _sanitized(minutes: float) -> int:
         print("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
         return LEFT_OUT
     if not torch.cuda.is_available():
-        print("compute-sanitizer wants a GPU")
+        print("compute-sanitizer needs a GPU")
         return LEFT_OUT
     check = [sys.executable, "-m", "benchmarks.numerics", "--small", "--only", "fusedmlp [cp]*"]
     return memcheck(tool, [*check, "--minutes", f"{minutes}"])
 
 
 def memcheck(tool: str, check: list[str]) -> int:
-    """Run a command under it. What both say is passed on as it comes; then, once more, what counts."""
-    # Each tensor a piece of memory of its own, so that a step past its end is seen.
+    """Run a command under compute-sanitizer; print its output as it comes, and the verdict last."""
+    # Each tensor gets its own allocation, so that an access past its end is found.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [tool, "--tool", "memcheck", "--error-exitcode", str(FOUND), "--print-limit", "20", *check]
     interrupts: list[int] = []
-    # An interrupt reaches the tool as well, which then says how far it came. That is still to be read here.
+    # An interrupt reaches the tool as well, which then prints how far it came, so keep reading.
     before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     try:
         with subprocess.Popen(
-            command,
-            env=environment,
-            cwd=results.ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process:
+            command, env=environment, cwd=results.ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ) as process:  # fmt: skip
             assert process.stdout is not None
             told: list[str] = []
             for line in process.stdout:

@@ -1,14 +1,15 @@
-"""The pictures of a file of results: speed-up by size, roofline, the ladder of a training step, memory."""
+"""The plots of a file of results: speed-up by size, roofline, times of a training step, peak memory."""
 
 import math
 import pathlib
 from typing import Any
 
-from matplotlib.figure import Figure  # without pyplot: nothing here needs a display
+from matplotlib.figure import Figure  # pyplot is not needed, because nothing is shown on a display
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from benchmarks.cases import BOTH, KINDS, STEP
-from benchmarks.results import COMPARISONS, NOISE, best, named, pair
+from benchmarks.results import NOISE, best, case_of, named, pairs, short
 
 COLORS = {"bfloat16": "#1d3557", "float16": "#2a9d8f", "tf32": "#e07a1f", "float32": "#8d5a97"}
 FAMILIES = {"torch": "#b0b7c3", "fusedmlp": "#1d3557", "other": "#e3e3e3"}
@@ -16,141 +17,110 @@ MARKERS = {"auto": "o", "in a graph": "s", "kernels alone": "^"}
 
 
 def draw(results: dict[str, Any], folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
-    """Those for which there is data; their paths, and of the others why not."""
+    """Draw the plots for which there is data: their paths, and for each of the others the reason."""
     drawn, not_drawn = [], {}
-    for name, picture in (
-        ("speedup.png", speedups), ("roofline.png", roofline), ("steps.png", steps), ("memory.png", memory)
-    ):  # fmt: skip
-        found = picture(results)
-        path = folder / name
+    for name, plot in {"speedup": speedups, "roofline": roofline, "steps": steps, "memory": memory}.items():
+        found = plot(results)
+        path = folder / f"{name}.png"
         if isinstance(found, str):
-            not_drawn[name] = found
-            path.unlink(missing_ok=True)  # of other results
+            not_drawn[path.name] = found
+            path.unlink(missing_ok=True)  # it may show other results
             continue
         found.savefig(path)
         drawn.append(path)
     return drawn, not_drawn
 
 
-def _figure(width: float, height: float, results: dict[str, Any], title: str) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+def _figure(
+    size: tuple[float, float], results: dict[str, Any], title: str, count: int = 1, columns: int = 1
+) -> tuple[Figure, list[Any]]:
+    """A figure of ``count`` plots in several columns, with the device and the versions below."""
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     dry = "DRY RUN, times mean nothing. " if results["dry_run"] else ""
     versions, device = results["versions"], results["device"]["name"]
     figure.suptitle(title, fontsize=12, fontweight="bold")
     triton = versions["triton"] or "absent"
     below = f"{dry}{device}, torch {versions['torch']}, Triton {triton}, {results['date'][:10]}"
     figure.supxlabel(below, fontsize=8, color="0.4")
-    return figure
+    grid = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False).flat)
+    for axes in grid:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.set_axisbelow(True)
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    return figure, grid[:count]
 
 
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
+def _marker(color: str, filled: bool) -> dict[str, Any]:
+    return {"color": color, "markerfacecolor": color if filled else "none"}
+
+
+def _handle(marker: str, color: str, label: str, filled: bool = True) -> Line2D:
+    return Line2D([], [], marker=marker, linestyle="none", label=label, **_marker(color, filled))
 
 
 def _log_ticks(axis: Any, least: float, most: float) -> None:
-    """Numbers as one writes them, at the powers of ten; within a decade at both ends."""
-    plain = FuncFormatter(lambda value, _: f"{value:.3g}")
-    axis.set_major_formatter(plain)
+    """Label powers of ten with plain numbers; within one decade, label both ends."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axis.set_minor_formatter(NullFormatter())
     if most / least < 8:
         axis.set_major_locator(FixedLocator([least, most] if most / least > 1.5 else [least]))
 
 
-def _short(us: float) -> str:
-    return f"{us:.0f}" if us >= 100 else f"{us:.3g}"
-
-
-def _label(case: dict[str, Any]) -> str:
-    return f"{case['rows']}x{'x'.join(map(str, case['widths']))} {case['dtype']}"
-
-
 def speedups(results: dict[str, Any]) -> Figure | str:
-    points = [
-        (case, comparison[0], found.ratio)
-        for case in results["cases"]
-        for comparison in COMPARISONS
-        if (found := pair(case, comparison)) is not None
-    ]
+    """The ratio of every comparison, by the size of the case. Below 1 PyTorch is faster."""
+    points = [(case, way, found.ratio) for case, (way, *_), found in pairs(results["cases"])]
     if not points:
         return "in no case did both PyTorch and fusedmlp give a time"
     kinds = [kind for kind in KINDS if any(case["what"] == kind for case, _, _ in points)]
     columns = min(3, len(kinds))
-    rows = math.ceil(len(kinds) / columns)
-    figure = _figure(
-        4.2 * columns + 1.6, 3.2 * rows + 0.9, results, "Speed-up over the best of PyTorch, by size"
-    )
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    least, most = min(ratio for *_, ratio in points), max(ratio for *_, ratio in points)
-    least, most = min(least / 1.15, 0.8), max(most * 1.15, 1.25)
-    for axes, kind in zip(grid.flat, kinds, strict=False):
-        _plain(axes)
+    size = 4.2 * columns + 1.6, 3.2 * math.ceil(len(kinds) / columns) + 0.9
+    title = "Speed-up over the best of PyTorch, by size"
+    figure, grid = _figure(size, results, title, len(kinds), columns)
+    ratios = [ratio for *_, ratio in points]
+    least, most = min(min(ratios) / 1.15, 0.8), max(max(ratios) * 1.15, 1.25)
+    ticks = {2**i for i in range(-6, 8)} | ({0.7, 0.8, 0.9, 1.1, 1.25, 1.5} if most / least < 4 else set())
+    for axes, kind in zip(grid, kinds, strict=True):
         axes.axhspan(least, NOISE, color="#d62828", alpha=0.07, linewidth=0)
         axes.axhline(1, color="0.35", linewidth=1)
-        for case, comparison, ratio in points:
+        for case, how, ratio in points:
             if case["what"] == kind:
-                color = COLORS[case["dtype"]]
-                axes.plot(
-                    case["flops"] / 1e9, ratio, MARKERS[comparison], color=color, markersize=6, alpha=0.85,
-                    markerfacecolor=color if comparison == "auto" else "none",
-                )  # fmt: skip
-        axes.set(xscale="log", yscale="log", ylim=(least, most), title=kind, xlabel="GFLOP of the case")
-        ticks = [2**i for i in range(-6, 8) if least <= 2**i <= most] + [
-            r for r in (0.7, 0.8, 0.9, 1.1, 1.25, 1.5) if most / least < 4 and least < r < most
-        ]
-        axes.set_yticks(sorted(ticks))
+                style = _marker(COLORS[case["dtype"]], how == "auto")
+                axes.plot(case["flops"] / 1e9, ratio, MARKERS[how], markersize=6, alpha=0.85, **style)
+        axes.set(xscale="log", yscale="log", ylim=(least, most), xlabel="GFLOP of the case")
+        axes.set_title(kind, fontsize=10)
+        axes.set_yticks(sorted(tick for tick in ticks if least <= tick <= most))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.title.set_fontsize(10)
         sizes = [case["flops"] / 1e9 for case, *_ in points if case["what"] == kind]
         _log_ticks(axes.xaxis, min(sizes), max(sizes))
-    for axes in list(grid.flat)[len(kinds) :]:
-        axes.set_visible(False)
-    grid[0, 0].text(
-        0.02, 0.02, "PyTorch is faster", transform=grid[0, 0].transAxes, fontsize=8, color="#a01c1c"
-    )
-    for row in grid:
-        row[0].set_ylabel("times as fast")
-    handles = [
-        _handle("o", COLORS[dtype], dtype) for dtype in COLORS if any(c["dtype"] == dtype for c, *_ in points)
-    ]
-    handles += [
-        _handle(MARKERS[how], "0.3", how, filled=how == "auto")
-        for how, *_ in COMPARISONS
-        if any(h == how for _, h, _ in points)
-    ]
+    below = {"transform": grid[0].transAxes, "fontsize": 8, "color": "#a01c1c"}
+    grid[0].text(0.02, 0.02, "PyTorch is faster", **below)
+    for axes in grid[::columns]:
+        axes.set_ylabel("times as fast")
+    dtypes, ways = {case["dtype"] for case, *_ in points}, {how for _, how, _ in points}
+    handles = [_handle("o", color, dtype) for dtype, color in COLORS.items() if dtype in dtypes]
+    handles += [_handle(mark, "0.3", how, how == "auto") for how, mark in MARKERS.items() if how in ways]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
 
-def _handle(marker: str, color: str, label: str, filled: bool = True) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D(
-        [], [], marker=marker, color=color, linestyle="none", label=label,
-        markerfacecolor=color if filled else "none",
-    )  # fmt: skip
-
-
 def roofline(results: dict[str, Any]) -> Figure | str:
+    """TFLOP/s of the fastest contestant of each family, below the lines that the ceilings allow."""
     ceilings = results["ceilings"]
     if ceilings["copy_gbps"] is None:
         return "the ceilings were not measured"
-    cases = [case for case in results["cases"] if case["dtype"] in ceilings["tflops"]]
     points = []
-    for case in cases:
+    for case in results["cases"]:
         for family in ("torch", "fusedmlp"):
-            rows = [
-                row for clock in ("wall_us", "device_us") if (row := best(case, family, clock)) is not None
-            ]
-            if rows:
-                points.append((case, family, max(row["tflops"] for row in rows)))
+            rows = [row for clock in ("wall_us", "device_us") if (row := best(case, family, clock))]
+            if rows and case["dtype"] in ceilings["tflops"]:
+                points.append((case, family == "fusedmlp", max(row["tflops"] for row in rows)))
     if not points:
         return "no case has a time and a measured ceiling"
-    figure = _figure(9, 5.6, results, "Roofline: the best of each, against the ceilings measured here")
-    axes = figure.subplots()
-    _plain(axes)
+    title = "Roofline: the best of each, against the ceilings measured here"
+    figure, (axes,) = _figure((9, 5.6), results, title)
     intensities = [case["flops"] / case["least_bytes"] for case, *_ in points]
     low, high = min(intensities) / 2, max(intensities) * 2
     for dtype in dict.fromkeys(case["dtype"] for case, *_ in points):
@@ -161,66 +131,53 @@ def roofline(results: dict[str, Any]) -> Figure | str:
             xs, [min(top, 1e-3 * ceilings["copy_gbps"] * x) for x in xs], color=COLORS[dtype], linewidth=1.5,
             label=f"{dtype}: {top:.3g} TFLOP/s, {ceilings['copy_gbps']:,.0f} GB/s",
         )  # fmt: skip
-    for case, family, tflops in points:
-        color = COLORS[case["dtype"]]
-        axes.plot(
-            case["flops"] / case["least_bytes"], tflops, "o" if family == "fusedmlp" else "D", color=color,
-            markersize=7, markerfacecolor=color if family == "fusedmlp" else "none", alpha=0.85,
-        )  # fmt: skip
+    for (case, ours, tflops), intensity in zip(points, intensities, strict=True):
+        style = _marker(COLORS[case["dtype"]], ours)
+        axes.plot(intensity, tflops, "o" if ours else "D", markersize=7, alpha=0.85, **style)
     lines, _ = axes.get_legend_handles_labels()
     handles = [*lines, _handle("o", "0.3", "fusedmlp"), _handle("D", "0.3", "PyTorch", filled=False)]
     axes.legend(handles=handles, frameon=False, fontsize=9, loc="lower right")
-    axes.set(
-        xscale="log", yscale="log", xlabel="FLOP for each byte that layer-by-layer kernels must move",
-        ylabel="TFLOP/s achieved",
-    )  # fmt: skip
+    axes.set(xscale="log", yscale="log", ylabel="TFLOP/s achieved")
+    axes.set_xlabel("FLOP for each byte that layer-by-layer kernels must move")
     _log_ticks(axes.xaxis, low, high)
     return figure
 
 
 def steps(results: dict[str, Any]) -> Figure | str:
-    """The ladder of a training step: every contestant's time, shortest last."""
+    """The time of every contestant in a training step, the shortest on top."""
     cases = [case for case in results["cases"] if case["what"] == STEP and best(case, "torch") is not None]
     if not cases:
         return "no training step has a time"
     cases = cases[:6]
     columns = min(2, len(cases))
-    rows = math.ceil(len(cases) / columns)
     most = max(sum(row["wall_us"] is not None for row in case["contestants"]) for case in cases)
-    figure = _figure(
-        5.6 * columns, (0.3 * most + 0.75) * rows + 0.9, results, "One training step, launching included"
-    )
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, case in zip(grid.flat, cases, strict=False):
+    size = 5.6 * columns, (0.3 * most + 0.75) * math.ceil(len(cases) / columns) + 0.9
+    figure, grid = _figure(size, results, "One training step, with launching", len(cases), columns)
+    for axes, case in zip(grid, cases, strict=True):
         timed = [row for row in case["contestants"] if row["wall_us"] is not None]
         timed.sort(key=lambda row: row["wall_us"]["median"])
-        _plain(axes)
-        medians = [row["wall_us"]["median"] for row in timed]
+        lows, medians, highs = ([row["wall_us"][key] for row in timed] for key in ("low", "median", "high"))
         errors = [
-            [max(0, row["wall_us"]["median"] - row["wall_us"]["low"]) for row in timed],
-            [max(0, row["wall_us"]["high"] - row["wall_us"]["median"]) for row in timed],
+            [max(0, median - low) for median, low in zip(medians, lows, strict=True)],
+            [max(0, high - median) for median, high in zip(medians, highs, strict=True)],
         ]
         axes.barh(
             range(len(timed)), medians, xerr=errors, height=0.72, ecolor="0.3",
             error_kw={"linewidth": 1, "capsize": 2}, color=[FAMILIES[row["family"]] for row in timed],
         )  # fmt: skip
-        for i, row in enumerate(timed):
-            axes.text(
-                row["wall_us"]["high"], i, f"  {_short(medians[i])} us", va="center", fontsize=8, color="0.2"
-            )
+        for i, (median, high) in enumerate(zip(medians, highs, strict=True)):
+            axes.text(high, i, f"  {short(median)} us", va="center", fontsize=8, color="0.2")
         axes.set_yticks(range(len(timed)), [row["name"] for row in timed], fontsize=8)
-        axes.set_xlim(0, 1.25 * max(row["wall_us"]["high"] for row in timed))
+        axes.set_xlim(0, 1.25 * max(highs))
         axes.invert_yaxis()
-        axes.set_title(_label(case), fontsize=10)
+        axes.set_title(case_of(case).size, fontsize=10)
         axes.tick_params(axis="x", labelsize=8)
         axes.grid(axis="y", visible=False)
-    for axes in list(grid.flat)[len(cases) :]:
-        axes.set_visible(False)
     return figure
 
 
 def memory(results: dict[str, Any]) -> Figure | str:
-    """Peak memory of forward and backward, beyond what was there before, by eager PyTorch's."""
+    """The peak memory of forward and backward beyond weights and inputs, relative to eager PyTorch's."""
     if results["device"]["type"] != "cuda":
         return "peak memory is that of a GPU's allocator, and this was measured on a CPU"
     several = [case for case in results["cases"] if case["what"] == BOTH and _peak(case, "eager")]
@@ -228,11 +185,8 @@ def memory(results: dict[str, Any]) -> Figure | str:
         return "no forward and backward gave a peak of memory"
     cases = [case for case in several if case["dtype"] == several[0]["dtype"]]
     cases.sort(key=lambda case: _peak(case, "eager"))
-    figure = _figure(
-        9, 0.4 * len(cases) + 1.6, results, "Peak memory beyond weights and inputs, by eager PyTorch's"
-    )
-    axes = figure.subplots()
-    _plain(axes)
+    size = 9, 0.4 * len(cases) + 1.6
+    figure, (axes,) = _figure(size, results, "Peak memory beyond weights and inputs, relative to eager")
     axes.axvline(1, color="0.35", linewidth=1)
     for name, marker, color in (
         ("compile", "D", "#e07a1f"), ("fusedmlp torch", "s", "#7fb2d9"), ("fusedmlp chain", "o", "#1d3557")
@@ -242,7 +196,7 @@ def memory(results: dict[str, Any]) -> Figure | str:
         ]
         if points:
             axes.plot(*zip(*points, strict=True), marker, color=color, markersize=8, label=name, alpha=0.9)
-    labels = [f"{_label(case)}\neager: {_peak(case, 'eager') / 1e6:,.4g} MB" for case in cases]
+    labels = [f"{case_of(case).size}\neager: {_peak(case, 'eager') / 1e6:,.4g} MB" for case in cases]
     axes.set_yticks(range(len(cases)), labels, fontsize=8)
     axes.set(xlabel="times eager's peak", title=BOTH, xlim=(0, max(1.2, axes.get_xlim()[1])))
     axes.legend(frameon=False, fontsize=9, loc="upper left")

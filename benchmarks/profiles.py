@@ -1,4 +1,7 @@
-"""``python -m benchmarks.profiles``: in which kernels the time goes, of the cases farthest from the floor."""
+"""``python -m benchmarks.profiles``: which kernels take the time in the cases farthest from the floor.
+
+The floor is the least time at the measured ceilings, see ``results.floor_us``.
+"""
 
 import argparse
 import pathlib
@@ -8,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import contestants, results, timing
-from benchmarks.cases import Case, arithmetic
+from benchmarks.cases import arithmetic
 from benchmarks.statuses import TIME_OVER
 
 CALLS = 10
@@ -16,24 +19,20 @@ CALLS = 10
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profiles", description=__doc__)
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        required=True,
-        metavar="DIR",
-        help="where results.json is, and profiles.txt goes",
-    )
-    parser.add_argument("--cases", type=int, default=6, metavar="N", help="how many (default: %(default)s)")
+    out_help = "the folder of results.json; profiles.txt is written there"
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help=out_help)
+    cases_help = "number of cases (default: %(default)s)"
+    parser.add_argument("--cases", type=int, default=6, metavar="N", help=cases_help)
     options = parser.parse_args()
     try:
         found = results.read(options.out / "results.json")
     except results.Unreadable as problem:
-        print(f"{problem}; python -m benchmarks --quick --out {options.out} makes it")
+        print(f"{problem}; python -m benchmarks --quick --out {options.out} writes it")
         return 1
     far = [(_times_the_floor(case, found["ceilings"]), case) for case in found["cases"]]
     worst = sorted([(how, case) for how, case in far if how], key=lambda pair: -pair[0][0])[: options.cases]
     if not worst:
-        print("no case has a time of the kernels and a measured ceiling")
+        print("no case has both a time of the kernels and a measured ceiling")
         return 1
     said: list[str] = []
     interrupted = False
@@ -55,7 +54,10 @@ def main() -> int:
 def _times_the_floor(
     case: dict[str, Any], ceilings: dict[str, Any]
 ) -> tuple[float, float, float, str] | None:
-    """How many times the floor the kernels take, on the device alone where that was measured."""
+    """The kernels' time divided by the floor, the time, the floor, and what sets it (FLOPs or bytes).
+
+    The time is that on the device alone if it was measured.
+    """
     row, floor = results.named(case, "fusedmlp chain"), results.floor_us(case, ceilings)
     time = row and (row["device_us"] or row["wall_us"])
     if not time or floor is None:
@@ -64,8 +66,8 @@ def _times_the_floor(
 
 
 def _kernels(case: dict[str, Any], name: str) -> str:
-    """torch.profiler's table of a contestant's kernels, or of its operators without a GPU."""
-    this = Case(case["what"], case["rows"], tuple(case["widths"]), case["dtype"])
+    """A table by torch.profiler of a contestant's kernels or, without a GPU, of its operators."""
+    this = results.case_of(case)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     field = {one.name: one for one in contestants.contestants(this, device, True, False)}
     with arithmetic(this.dtype):

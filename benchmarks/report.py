@@ -1,4 +1,7 @@
-"""results.md, and the comparison of two files of results."""
+"""``python -m benchmarks report``: write results.md from one results.json, or compare several.
+
+results.md lists losses before wins. A ratio is PyTorch's time divided by ours.
+"""
 
 import argparse
 import collections
@@ -14,12 +17,15 @@ from benchmarks.results import (
     Pair,
     Unreadable,
     best,
+    case_of,
     floor_us,
     geometric_mean,
     name_of,
     named,
     pair,
+    pairs,
     read,
+    short,
     verdict,
 )
 
@@ -29,15 +35,14 @@ AUTO = COMPARISONS[0]
 def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "report",
-        help="results.md and plots of a file, or the comparison of several",
-        description="Of one results.json, write results.md and the plots beside it. Of several, say which "
-        "cases the later ones do faster or slower than the first, beyond the spread of the measurements.",
+        help="write results.md and plots of one file, or compare several",
+        description="With one results.json, write results.md and the plots. With several, list the cases "
+        "that are faster or slower in a later file than in the first, beyond the spread of the measurements.",
         epilog="example: python -m benchmarks report old/results.json new/results.json",
     )
     parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
-    parser.add_argument(
-        "--out", type=pathlib.Path, metavar="DIR", help="of one file: where to write (default: beside it)"
-    )
+    out_help = "where to write the report of one file (default: beside it)"
+    parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help=out_help)
     parser.set_defaults(run=run)
 
 
@@ -58,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def write(results: dict[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
-    """results.md and the plots, into the folder; their paths."""
+    """Write results.md and the plots into the folder; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn, not_drawn = plots.draw(results, folder)
     text = folder / "results.md"
@@ -77,28 +82,34 @@ def where(results: dict[str, Any]) -> str:
     return ", ".join([*parts, f"Python {versions['python']}"])
 
 
-DRY = "A dry run: tiny, in Triton's interpreter. These times mean nothing."
+DRY = "A dry run with tiny sizes in Triton's interpreter: these times mean nothing."
 
 
 def headline(results: dict[str, Any]) -> list[str]:
-    """What came out, in a few lines for a terminal."""
+    """The outcome in a few lines for a terminal."""
     lines = [DRY] if results["dry_run"] else []
     lines.append(
-        f"{len(results['cases'])} cases on {results['device']['name']}, times by the best of PyTorch:"
+        f"{len(results['cases'])} cases on {results['device']['name']}, compared with the best of PyTorch:"
     )
-    for comparison in COMPARISONS:
-        pairs = [p for case in results["cases"] if (p := pair(case, comparison)) is not None]
-        if pairs:
-            mean = geometric_mean([p.ratio for p in pairs])
-            counts = ", ".join(f"{key} {count}" for key, count in _counted(pairs).items())
-            lines.append(f"  {comparison[0] + ':':<15}{mean:.2f}x in the geometric mean; {counts}")
+    for way, several in _by_comparison(results["cases"]):
+        mean = geometric_mean([found.ratio for found in several])
+        counts = ", ".join(f"{key} {count}" for key, count in _counted(several).items())
+        lines.append(f"  {way + ':':<15}{mean:.2f}x in the geometric mean; {counts}")
     wrong = list(_wrong(results))
     lines.append(f"wrong results: {len(wrong) or 'none'}")
     return lines + [f"  {case}: {name}: {problem}" for case, name, problem in wrong[:5]]
 
 
-def _counted(pairs: Sequence[Pair]) -> dict[str, int]:
-    return {key: sum(p.verdict == key for p in pairs) for key in ("slower", "equal", "faster")}
+def _by_comparison(cases: Iterable[dict[str, Any]]) -> Iterator[tuple[str, list[Pair]]]:
+    """The heading of each comparison, with its pairs, if there are any."""
+    found = list(pairs(cases))
+    for comparison in COMPARISONS:
+        if several := [one for _, which, one in found if which is comparison]:
+            yield comparison[0], several
+
+
+def _counted(several: Sequence[Pair]) -> dict[str, int]:
+    return {key: sum(found.verdict == key for found in several) for key in ("slower", "equal", "faster")}
 
 
 def _wrong(results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -123,20 +134,20 @@ def _markdown(
         f"- {_ceilings(results)}",
         f"- clock: {results['device']['clock']}",
         "",
-        "Times are microseconds a call, medians ± half the range from the 20th to the 80th percentile, "
-        "launching included unless said otherwise. A ratio is the time of the best contestant of PyTorch's "
-        f"by ours: above 1 ours is faster; from {NOISE} to {1 / NOISE:.2f}, and where the two ranges "
-        "overlap, it is called equal. Before a time comes a check, each result against float64, with at most "
-        "twice eager PyTorch's error; what is wrong has no time. The floor is what the FLOPs, or the bytes "
-        "of kernels that compute one layer each, take at the ceilings.",
+        "Times are microseconds per call: the median ± half the range from the 20th to the 80th percentile, "
+        "with launching unless said otherwise. A ratio is the time of PyTorch's fastest contestant divided "
+        f"by ours: above 1 ours is faster. From {NOISE} to {1 / NOISE:.2f}, and where the ranges overlap, it "
+        "is called equal. Each result is first checked against float64: an error more than twice eager "
+        "PyTorch's is wrong, and wrong results are not timed. The floor is the least time at the ceilings, "
+        "for the FLOPs or for the bytes of kernels that compute one layer each.",
         "",
-        "## In one look",
+        "## Overview",
         "",
     ]
     yield from _overview(results)
     yield from ["", "## Where PyTorch is faster", ""]
     yield from _losses(results)
-    yield from ["", "## What was wrong, and what did not run", ""]
+    yield from ["", "## Wrong results, and what did not run", ""]
     yield from _problems(results)
     for what in dict.fromkeys(case["what"] for case in results["cases"]):
         yield from ["", f"## {what[:1].upper()}{what[1:]}", ""]
@@ -166,18 +177,14 @@ def _overview(results: dict[str, Any]) -> Iterator[str]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = collections.defaultdict(list)
     for case in results["cases"]:
         groups[case["what"], case["dtype"]].append(case)
-    for (what, dtype), several in groups.items():
-        for comparison in COMPARISONS:
-            pairs = [p for case in several if (p := pair(case, comparison)) is not None]
-            if pairs:
-                ratios = [p.ratio for p in pairs]
-                rows.append([
-                    f"{what}, {dtype}", comparison[0], f"{geometric_mean(ratios):.2f}x",
-                    f"{min(ratios):.2f}x", f"{max(ratios):.2f}x", *map(str, _counted(pairs).values()),
-                ])  # fmt: skip
-    yield "`auto` against the best of eager, `torch.compile` and whatever else needs no graph; `in a graph` "
-    yield "against the best of PyTorch's CUDA graphs; `kernels alone`: the forced kernels' chain against the "
-    yield "best of PyTorch's without a graph, both replayed from a graph, so without launching from Python."
+    for (what, dtype), cases in groups.items():
+        for way, several in _by_comparison(cases):
+            ratios = [found.ratio for found in several]
+            bounds = [f"{ratio:.2f}x" for ratio in (geometric_mean(ratios), min(ratios), max(ratios))]
+            rows.append([f"{what}, {dtype}", way, *bounds, *map(str, _counted(several).values())])
+    yield '`auto`: backend("auto") against the best of eager, `torch.compile` and others without CUDA graph.'
+    yield "`in a graph`: against the best of PyTorch in CUDA graphs. `kernels alone`: our kernels for the"
+    yield "whole chain against the best of PyTorch, both replayed from a CUDA graph, so without launching."
     yield ""
     head = ["cases", "ours", "geometric mean", "least", "most", "slower", "equal", "faster"]
     yield from _table(head, rows, left=2)
@@ -185,16 +192,14 @@ def _overview(results: dict[str, Any]) -> Iterator[str]:
 
 def _losses(results: dict[str, Any]) -> Iterator[str]:
     rows = []
-    for case in results["cases"]:
-        for comparison in COMPARISONS:
-            found = pair(case, comparison)
-            if found is not None and found.verdict == "slower":
-                ours, torchs, clock = found.ours, found.torchs, comparison[2]
-                cells = [name_of(case), comparison[0], f"{found.ratio:.2f}x", _us(ours[clock])]
-                cells += [_us(torchs[clock]), torchs["name"], ours["note"] or ""]
-                rows.append((found.ratio, cells))
+    for case, (way, _, clock, _), found in pairs(results["cases"]):
+        if found.verdict == "slower":
+            ours, torchs = found.ours, found.torchs
+            cells = [name_of(case), way, f"{found.ratio:.2f}x", _us(ours[clock])]
+            cells += [_us(torchs[clock]), torchs["name"], ours["note"] or ""]
+            rows.append((found.ratio, cells))
     if not rows:
-        yield "In no case beyond the noise."
+        yield "In no case by more than the noise."
         return
     head = ["case", "ours", "ratio", "us", "PyTorch us", "by", "our path"]
     yield from _table(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])], left=2)
@@ -216,7 +221,7 @@ def _problems(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _cases(several: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> Iterator[str]:
-    """One row a case: the best of PyTorch's and ours, in each way of running."""
+    """A table with one row per case: PyTorch's fastest and ours, in each comparison."""
     used = [c for c in COMPARISONS if any(pair(case, c) is not None for case in several)] or [AUTO]
     head = ["case", "floor us"]
     for comparison in used:
@@ -225,8 +230,7 @@ def _cases(several: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> Itera
     rows = []
     for case in several:
         floor = floor_us(case, ceilings)
-        row = [f"{case['rows']}x{'x'.join(map(str, case['widths']))} {case['dtype']}"]
-        row.append("" if floor is None else f"{_number(floor[0])} ({floor[1]})")
+        row = [case_of(case).size, "" if floor is None else f"{short(floor[0])} ({floor[1]})"]
         for comparison in used:
             _, name, clock, graph = comparison
             torchs, ours, found = best(case, "torch", clock, graph), named(case, name), pair(case, comparison)
@@ -244,12 +248,8 @@ def _cell(row: dict[str, Any] | None, clock: str) -> str:
     return "did not run" if row[clock] is None else _us(row[clock])
 
 
-def _number(us: float) -> str:
-    return f"{us:.0f}" if us >= 100 else f"{us:.3g}"
-
-
 def _us(time: dict[str, float]) -> str:
-    """Median and half the range, to the same digit."""
+    """The median ± half the range, with the same number of digits."""
     digits = 0 if time["median"] >= 100 else 1 if time["median"] >= 10 else 2
     return f"{time['median']:.{digits}f} ± {(time['high'] - time['low']) / 2:.{digits}f}"
 
@@ -257,15 +257,14 @@ def _us(time: dict[str, float]) -> str:
 def comparison(
     first: dict[str, Any], later: dict[str, Any], first_file: str, later_file: str
 ) -> Iterator[str]:
-    """Lines that say which contestants of which cases became faster or slower beyond the spread."""
+    """Lines that name the contestants that became faster or slower by more than the spread."""
     yield f"1: {first_file}: {where(first)}, {first['date'][:10]}, {(first['commit'] or 'unknown')[:10]}"
     yield f"2: {later_file}: {where(later)}, {later['date'][:10]}, {(later['commit'] or 'unknown')[:10]}"
-    different = first["device"]["name"] != later["device"]["name"]
     warnings = []
-    if different:
+    if first["device"]["name"] != later["device"]["name"]:
         warnings.append("DIFFERENT DEVICES: the ratios compare the devices, not the code.")
     elif first["versions"] != later["versions"]:
-        warnings.append("Other versions of the libraries: PyTorch's own contestants tell what they changed.")
+        warnings.append("The versions differ: PyTorch's own contestants show how much that matters.")
     if first["dry_run"] or later["dry_run"]:
         warnings.append(DRY)
     yield from warnings
@@ -280,13 +279,8 @@ def comparison(
             if other is None:
                 continue
             if bool(row["problem"]) != bool(other["problem"]):
-                now = row["problem"] or "runs"
-                rows.append(
-                    (
-                        0.0 if row["problem"] else float("inf"),
-                        f"{what}: {now}, was: {other['problem'] or 'ran'}",
-                    )
-                )
+                now, was = row["problem"] or "runs", other["problem"] or "ran"
+                rows.append((0.0 if row["problem"] else float("inf"), f"{what}: {now}, was: {was}"))
                 counts["broken" if row["problem"] else "mended"] += 1
                 continue
             for clock in ("wall_us", "device_us"):
@@ -302,11 +296,10 @@ def comparison(
     yield ""
     yield from (line for _, line in sorted(rows))
     yield ""
-    said = [
-        f"{counts[key]} {key}" for key in ("slower", "equal", "faster", "broken", "mended") if counts[key]
-    ]
+    keys = ("slower", "equal", "faster", "broken", "mended")
+    said = [f"{counts[key]} {key}" for key in keys if counts[key]]
     common = before.keys() & after.keys()
-    yield f"{len(common)} cases in both: {', '.join(said) or 'nothing that both have measured'}."
+    yield f"{len(common)} cases in both: {', '.join(said) or 'nothing measured in both'}."
     for mine, which in ((before.keys() - common, 1), (after.keys() - common, 2)):
         if mine:
             yield f"only in {which}: {', '.join(sorted(mine))}"

@@ -1,8 +1,9 @@
-"""The file of results: what it says of the machine, how it is read, and which numbers are compared."""
+"""The file results.json: what it records of the machine, how it is read, and which times are compared."""
 
 import datetime
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -11,20 +12,22 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 import fusedmlp
+from benchmarks.cases import Case
 from benchmarks.timing import clock
 
 ROOT = pathlib.Path(__file__).parents[1]
 FORMAT = 1
-NOISE = 0.98  # a ratio from here to its reciprocal is called equal, whatever the spread
+NOISE = 0.98  # a ratio between this and its reciprocal is called equal, whatever the spread
 
 
 class Unreadable(ValueError):
-    """Why a file is none of results."""
+    """Why a file cannot be used as results."""
 
 
 def has_triton() -> bool:
@@ -32,7 +35,7 @@ def has_triton() -> bool:
 
 
 def about(device: torch.device, dry_run: bool) -> dict[str, Any]:
-    """Everything but the numbers: the device, the versions, the commit, the command."""
+    """The head of a file of results: the device, the versions, the commit, the command."""
     cuda = device.type == "cuda"
     commit = _said_by("git", "rev-parse", "HEAD")
     changed = bool(_said_by("git", "status", "--porcelain", "--untracked-files=no"))
@@ -67,6 +70,7 @@ def about(device: torch.device, dry_run: bool) -> dict[str, Any]:
 
 
 def _said_by(*command: str) -> str | None:
+    """What a command prints; None if it fails, or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -81,21 +85,25 @@ def _cpu_name() -> str:
 
 
 def write(results: dict[str, Any], file: pathlib.Path) -> None:
-    """Whole or not at all."""
+    replace_file(file, json.dumps(results, indent=1) + "\n")
+
+
+def replace_file(file: pathlib.Path, text: str) -> None:
+    """Write a file so that a reader, or an interrupt, finds the old text or the new, never a part."""
     unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, file)
 
 
 def same_or_unreadable(before: dict[str, Any], found: dict[str, Any], file: pathlib.Path) -> None:
-    """Raise Unreadable unless both were measured on the same, so that one can go on where the other ended."""
+    """Raise Unreadable unless both are of the same device, versions and commit."""
     for what in ("device", "versions", "commit", "dry_run"):
         if before.get(what) != found[what]:
             raise Unreadable(f"{file} has results of another {what}: {before.get(what)}")
 
 
 def read(file: pathlib.Path) -> dict[str, Any]:
-    """Raises Unreadable with the reason, in which the file is named."""
+    """The checked content of a file; raises Unreadable with the file's name and the reason."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -105,7 +113,7 @@ def read(file: pathlib.Path) -> dict[str, Any]:
     except ValueError as error:
         raise Unreadable(f"{file} is not JSON ({error}): is it cut off?") from None
     if not isinstance(found, dict) or not isinstance(found.get("format"), int):
-        raise Unreadable(f"{file} is no results.json of python -m benchmarks")
+        raise Unreadable(f"{file} is not a results.json of python -m benchmarks")
     if found["format"] != FORMAT:
         raise Unreadable(f"{file} has format {found['format']}, and this version reads {FORMAT}")
     try:
@@ -115,24 +123,34 @@ def read(file: pathlib.Path) -> dict[str, Any]:
                 assert isinstance(row["name"], str)
                 for what in ("wall_us", "device_us"):
                     assert row[what] is None or all(row[what][key] > 0 for key in ("median", "low", "high"))
-        ", ".join(
-            (found["device"]["name"], found["device"]["clock"], found["date"], found["versions"]["torch"])
-        )
+        device = found["device"]
+        ", ".join((device["name"], device["clock"], found["date"], found["versions"]["torch"]))
         found["ceilings"]["tflops"].get("float32")
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
         what = f"{type(error).__name__}: {error}".removesuffix(": ")
-        raise Unreadable(f"{file} has an entry that is none ({what})") from None
+        raise Unreadable(f"{file} has an invalid entry ({what})") from None
     return found
 
 
-def name_of(case: dict[str, Any]) -> str:
-    return f"{case['what']} {case['rows']}x{'x'.join(map(str, case['widths']))} {case['dtype']}"
+def case_of(entry: dict[str, Any]) -> Case:
+    return Case(entry["what"], entry["rows"], tuple(entry["widths"]), entry["dtype"])
+
+
+def name_of(entry: dict[str, Any]) -> str:
+    return str(case_of(entry))
+
+
+def short(us: float) -> str:
+    return f"{us:.0f}" if us >= 100 else f"{us:.3g}"
 
 
 def best(
     case: dict[str, Any], family: str, clock: str = "wall_us", graph: bool | None = None
 ) -> dict[str, Any] | None:
-    """The fastest contestant of a family by a clock; graph: only those in a CUDA graph, or only others."""
+    """The fastest contestant of a family by a clock.
+
+    graph: True for those in a CUDA graph only, False for the others only, None for all.
+    """
     rows = [
         row
         for row in case["contestants"]
@@ -145,8 +163,9 @@ def named(case: dict[str, Any], name: str) -> dict[str, Any] | None:
     return next((row for row in case["contestants"] if row["name"] == name), None)
 
 
-# Heading, our contestant, the clock, and whether the best of PyTorch's is among those in a graph or not.
-COMPARISONS = (
+Comparison = tuple[str, str, str, bool]
+# Heading, our contestant, the clock, and whether it is compared with PyTorch in a CUDA graph or without.
+COMPARISONS: tuple[Comparison, ...] = (
     ("auto", "fusedmlp auto", "wall_us", False),
     ("in a graph", "fusedmlp in a graph", "wall_us", True),
     ("kernels alone", "fusedmlp chain", "device_us", False),
@@ -154,7 +173,7 @@ COMPARISONS = (
 
 
 class Pair(NamedTuple):
-    """Our contestant and the best of PyTorch's, PyTorch's time by ours, and what that is called."""
+    """Our contestant and PyTorch's fastest; ratio: PyTorch's time divided by ours; its verdict."""
 
     ours: dict[str, Any]
     torchs: dict[str, Any]
@@ -162,8 +181,8 @@ class Pair(NamedTuple):
     verdict: str
 
 
-def pair(case: dict[str, Any], comparison: tuple[str, str, str, bool]) -> Pair | None:
-    """None where one of them has no time."""
+def pair(case: dict[str, Any], comparison: Comparison) -> Pair | None:
+    """Compare our contestant with PyTorch's fastest in one case; None if one of them has no time."""
     _, name, clock, graph = comparison
     ours, torchs = named(case, name), best(case, "torch", clock, graph)
     if ours is None or ours[clock] is None or torchs is None:
@@ -173,17 +192,25 @@ def pair(case: dict[str, Any], comparison: tuple[str, str, str, bool]) -> Pair |
     return Pair(ours, torchs, ratio, told)
 
 
+def pairs(cases: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Comparison, Pair]]:
+    """All comparisons of these cases that have times."""
+    for case, comparison in itertools.product(cases, COMPARISONS):
+        found = pair(case, comparison)
+        if found is not None:
+            yield case, comparison, found
+
+
 def verdict(old: dict[str, float], new: dict[str, float]) -> str:
-    """Beyond the spread: the ranges of the two, from the 20th to the 80th percentile, do not overlap."""
+    """Compare two times: "equal" if their ranges from the 20th to the 80th percentile overlap."""
     if new["high"] < old["low"]:
         return "faster"
     return "slower" if new["low"] > old["high"] else "equal"
 
 
 def floor_us(case: dict[str, Any], ceilings: dict[str, Any]) -> tuple[float, str] | None:
-    """Microseconds that the bytes or the FLOPs take at the measured ceilings, and which; None if unmeasured.
+    """The least microseconds at the measured ceilings, and whether FLOPs or bytes set it; None if unmeasured.
 
-    Kernels that keep a layer's output on the chip can be below the bytes', which count every layer's tensors.
+    The bytes count every layer's tensors, so kernels that keep a layer's output on the chip can need less.
     """
     tflops = ceilings["tflops"].get(case["dtype"])
     if tflops is None or ceilings["copy_gbps"] is None:

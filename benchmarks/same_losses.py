@@ -1,35 +1,30 @@
-"""How far apart training losses are: of TrainStep and the ordinary loop, and of that loop with other threads.
+"""``python -m benchmarks.same_losses``: how far TrainStep's losses are from the plain loop's, on a CPU.
 
-    python -m benchmarks.same_losses
-
-float32 sums in another order differ in their last bits, and where a unit stands that close to its ReLU's
-threshold it is switched, which the steps after it make larger. PyTorch's own sums change with the number of
-threads: how far its losses are apart then is what there is to compare with. On a CPU.
+float32 sums in another order differ in their last bits. A unit that close to its ReLU's threshold then
+switches, and the next steps enlarge the difference. PyTorch's own sums change with the number of threads, so
+the plain loop with two threads shows how large a difference is normal.
 """
 
 import argparse
-import itertools
 import statistics
 
 import torch
 from torch import nn
 
 import fusedmlp
+from benchmarks.cases import network
 
 WIDTHS, BATCH, STEPS, IMAGES = (784, 256, 128, 128, 10), 64, 200, 8192
 OPTIMIZERS = {"SGD": {"lr": 0.1}, "SGD, momentum": {"lr": 0.02, "momentum": 0.9}}
 
 
 def losses(seed: int, options: dict[str, float], ours: bool, threads: int) -> torch.Tensor:
-    """Of a network that learns the classes that another one, which is fixed, sees in random images."""
+    """The losses of a network that learns from random images and the classes a fixed network gives them."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     x = torch.randn(IMAGES, WIDTHS[0]) * (torch.rand(WIDTHS[0]) < 0.3)
     y = (torch.relu(x[:, :64] @ torch.randn(64, 32)) @ torch.randn(32, WIDTHS[-1])).argmax(1)
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(WIDTHS):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    model, loss_fn = nn.Sequential(*layers[:-1]), nn.CrossEntropyLoss()
+    model, loss_fn = network(WIDTHS), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), **options)  # type: ignore[arg-type]
     step = fusedmlp.TrainStep(model, loss_fn, optimizer)
     found = []

@@ -1,7 +1,7 @@
-"""``python -m benchmarks gpu-session``: what a rented card is worth, within the minutes that it is lent.
+"""``python -m benchmarks gpu-session``: run all tests and benchmarks that need a GPU within a few minutes.
 
-Each part is a process of its own with a time limit of its own: what fails or takes too long is told of, and
-the next one goes on. parts.py lists the parts.
+Each part runs in its own process with its own time limit. A part that fails or takes too long is reported,
+and the next one starts. parts.py lists the parts.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -27,68 +27,57 @@ from benchmarks.bounded_log import BoundedLog
 from benchmarks.parts import FIRST, NAMES, PARTS, SECOND, THIRD, Part, Setting
 from benchmarks.statuses import AGAIN, LEFT_OUT, TIME_OVER
 
-GRACE = 20  # seconds from the interrupt, upon which a part writes what it has, to the end of it
-FINISH = 5  # seconds at the end for what is left to read and for the summary
-OVER = (TIME_OVER, AGAIN)  # in these a part ends whose time was over
+GRACE = 20  # seconds that a part has after the interrupt to write its results, before it is killed
+FINISH = 5  # seconds at the end to read the last output and write the summary
+OVER = (TIME_OVER, AGAIN)  # the exit statuses of a part whose time was over
 LOG_BYTES = 12 * 2**20
-ERROR_LINES = 6  # of what a part that failed has written to standard error, the last go to the summary
-# What a part can go on from, or what a later command's summary and report are made of.
+ERROR_LINES = 6  # how many of the last lines of a failed part's standard error go to the summary
+LAST_LINES = 100  # how many lines of a part's output are searched for its last paragraph
+# The files that --resume copies: parts continue from them, or a later summary and report need them.
 KEPT = ("results.json", "steps.json", "mnist-ladder.json", "mnist-race.json", "tuned_*.json")
 
 
 def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "gpu-session",
-        help="what a rented card is worth",
+        help="run everything that needs a GPU",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="""\
-Tests, numerics, compute-sanitizer, training steps, MNIST, tuning, benchmarks and
-profiles on a card that is lent for minutes. A part that fails or takes too long
-loses nothing before it and stops nothing after it, and each result is written as
-soon as it is there. At most 8 files come out, each below 16 MiB and none in a
-folder of its own: summary.md, log.txt, steps.json, mnist-ladder.json,
-mnist-race.json, results.json, profiles.txt, and tuned_*.json, a table for
-kernels/.""",
+Run tests, numerics, compute-sanitizer, training steps, MNIST, tuning, benchmarks
+and profiles on a GPU that is rented for minutes. A part that fails or takes too
+long does not affect the others, and each result is written at once. At most 8
+files are written into one folder, each below 16 MiB: summary.md, log.txt,
+steps.json, mnist-ladder.json, mnist-race.json, results.json, profiles.txt, and
+tuned_*.json, a table for kernels/.""",
         epilog=f"""\
-three commands, of less than ten minutes each, do everything:
+three commands, each of less than ten minutes, run everything:
   python -m benchmarks gpu-session --minutes 9
   python -m benchmarks gpu-session --minutes 9 --resume gpu-session \\
       --parts {",".join(SECOND)}
   python -m benchmarks gpu-session --minutes 9 --resume gpu-session \\
       --parts {",".join(THIRD)}
 
---list says what each part does. What was compiled is kept for the next command,
+--list shows what each part does. Compiled kernels are kept for the next command,
 in ~/.cache/fusedmlp/gpu-session or the same folder of XDG_CACHE_HOME.
 Exit status: 0 if every part was done or left out, 1 if not, 2 if nothing was
-begun, 130 after an interrupt.""",
+started, 130 after an interrupt.""",
     )
     parser.add_argument(
         "--parts",
         type=_names,
         default=FIRST,
         metavar="NAME,...",
-        help=f"what to do, in the order of --list (default: {','.join(FIRST)})",
+        help=f"the parts to run, in the order of --list (default: {','.join(FIRST)})",
     )
-    parser.add_argument("--list", action="store_true", help="say what each part does, and do nothing")
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        default=pathlib.Path("gpu-session"),
-        metavar="DIR",
-        help="default: %(default)s",
-    )
-    parser.add_argument(
-        "--resume",
-        type=pathlib.Path,
-        metavar="DIR",
-        help="go on from the results and the table of an earlier command: they are copied from its --out",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=9.0, metavar="N", help="all is over by then (default: %(default)g)"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="the parts on the CPU, tiny, in Triton's interpreter"
-    )
+    parser.add_argument("--list", action="store_true", help="show what each part does, and run nothing")
+    out, folder = pathlib.Path("gpu-session"), pathlib.Path
+    parser.add_argument("--out", type=folder, default=out, metavar="DIR", help="default: %(default)s")
+    resume = "copy results and tables from the --out of an earlier command, and continue from them"
+    parser.add_argument("--resume", type=folder, metavar="DIR", help=resume)
+    minutes = "end everything after this time (default: %(default)g)"
+    parser.add_argument("--minutes", type=float, default=9.0, metavar="N", help=minutes)
+    dry_run = "run the parts with tiny sizes on the CPU, in Triton's interpreter"
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
     parser.set_defaults(run=run)
 
 
@@ -124,19 +113,19 @@ def _list() -> list[str]:
     return [
         *lines,
         "",
-        "The seconds are estimates for an H100; in their proportion the parts share the time that there is.",
-        "Parts run in this order. Without --parts: " + ", ".join(FIRST) + ".",
+        "The seconds are estimates for an H100; the parts share the available time in proportion to them.",
+        f"Parts run in this order. The default is {', '.join(FIRST)}.",
     ]
 
 
 def _why_not(options: argparse.Namespace) -> str | None:
-    """Why nothing is begun, and nothing written."""
+    """Why the command cannot start; then nothing is written. None if it can."""
     if not options.minutes > 0:
         return f"--minutes must be positive, got {options.minutes:g}"
     if not results.has_triton():
-        return "Triton is not installed, so there are no kernels to try: pip install triton"
+        return "Triton is not installed, so there are no kernels to measure: pip install triton"
     if not options.dry_run and not torch.cuda.is_available():
-        return "there is no CUDA device; --dry-run exercises the parts on the CPU"
+        return "there is no CUDA device; --dry-run runs the parts on the CPU"
     if options.resume is not None and not options.resume.is_dir():
         return f"--resume: there is no folder {options.resume}"
     if options.resume is not None and not _kept(options.resume):
@@ -145,7 +134,7 @@ def _why_not(options: argparse.Namespace) -> str | None:
         try:
             _fitting(options.out / "results.json", options.dry_run)
         except results.Unreadable as problem:
-            return f"{problem}. Choose another --out, or move it away"
+            return f"{problem}. Choose another --out, or move the file away"
     return None
 
 
@@ -154,10 +143,10 @@ def _kept(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _fitting(file: pathlib.Path, dry_run: bool) -> None:
-    """Raise Unreadable unless the part that measures can go on from this file, or there is none."""
+    """Raise Unreadable if the part "quick" cannot continue from this file; a missing file is fine."""
     if file.exists():
         before, found = results.read(file), results.about(_device(dry_run), dry_run)
-        if dry_run:  # of which the parts have one thread
+        if dry_run:  # its parts use one thread, so the numbers of threads differ
             before["device"], found["device"] = before["device"]["name"], found["device"]["name"]
         results.same_or_unreadable(before, found, file)
 
@@ -167,9 +156,9 @@ def _device(dry_run: bool) -> torch.device:
 
 
 def _cache(dry_run: bool) -> pathlib.Path:
-    """A folder of the user's own, for what is compiled and for a table of measurements that is the session's.
+    """A folder for compiled kernels and for the session's own tuning table.
 
-    It outlives the command, so that the next one on the same machine compiles nothing anew.
+    It stays after the command, so that the next one on the same machine does not compile again.
     """
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache").resolve()
     cache = caches / "fusedmlp" / "gpu-session" / ("dry-run" if dry_run else "")
@@ -178,13 +167,13 @@ def _cache(dry_run: bool) -> pathlib.Path:
 
 
 def _take_up(resume: pathlib.Path | None, out: pathlib.Path, cache: pathlib.Path, dry_run: bool) -> list[str]:
-    """Copy what there is to go on from to where the parts look for it; what was done, in words."""
+    """Copy the earlier command's files to where the parts look for them; returns messages."""
     from fusedmlp.kernels import tuning_table  # imports Triton
 
     here = tuning_table.where(None if dry_run else torch.cuda.current_device())
     table = cache / "fusedmlp" / tuning_table.users_file(here).name
     if resume is None:
-        table.unlink(missing_ok=True)  # of the last time, perhaps of other kernels
+        table.unlink(missing_ok=True)  # left by an earlier session, perhaps with other kernels
         return []
     said = []
     for file in _kept(resume):
@@ -214,9 +203,9 @@ class Outcome(NamedTuple):
 
 
 def go(parts: Sequence[Part], out: pathlib.Path, cache: pathlib.Path, end: float, dry_run: bool) -> int:
-    """Run the parts, and be done at ``end`` of time.monotonic().
+    """Run the parts, and finish before time.monotonic() reaches ``end``.
 
-    0 if all did what they should, 130 after an interrupt, else 1.
+    Returns 0 if all parts were done or left out, 130 after an interrupt, otherwise 1.
     """
     summary = out / "summary.md"
     before = summary.read_text(encoding="utf-8") + "\n" if summary.exists() else ""
@@ -233,26 +222,24 @@ def go(parts: Sequence[Part], out: pathlib.Path, cache: pathlib.Path, end: float
                 if limit < 1:
                     outcomes.append(Outcome(part, "no time was left", False, 0.0, []))
                 else:
-                    print(
-                        f"{i + 1} of {len(parts)}: {part.name}, {_time(limit)} at most: {part.what}",
-                        flush=True,
-                    )
+                    which = f"{i + 1} of {len(parts)}: {part.name}"
+                    print(f"{which}, {_time(limit)} at most: {part.what}", flush=True)
                     outcomes.append(_run(part, Setting(out, limit / 60, dry_run), environment, log))
                     print(f"    {outcomes[-1].verdict}, {_time(outcomes[-1].seconds)}", flush=True)
-                _write(summary, before + _page(head, outcomes, out))
+                results.replace_file(summary, before + _page(head, outcomes, out))
         except KeyboardInterrupt:
             interrupted = True
             for part in parts[len(outcomes) :]:
                 verdict = "not begun" if outcomes and outcomes[-1].verdict == "interrupted" else "interrupted"
                 outcomes.append(Outcome(part, verdict, False, 0.0, []))
     page = _page(head, outcomes, out)
-    _write(summary, before + page)
+    results.replace_file(summary, before + page)
     print(f"\n{page}", end="")
     return 130 if interrupted else 0 if all(outcome.good for outcome in outcomes) else 1
 
 
 def _environment(cache: pathlib.Path, dry_run: bool) -> dict[str, str]:
-    """What the parts' processes have: the checkout's packages without an install, and the session's cache."""
+    """The environment of the parts' processes: it finds the checkout, and uses the session's cache."""
     path = os.environ.get("PYTHONPATH")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(results.ROOT), *([path] if path else [])]),
@@ -261,7 +248,7 @@ def _environment(cache: pathlib.Path, dry_run: bool) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "COLUMNS": "80",
         "TQDM_MININTERVAL": "60",  # the log is no terminal
-        "PYTHONFAULTHANDLER": "1",  # where a crash happened
+        "PYTHONFAULTHANDLER": "1",  # prints where a crash happened
     }
     if dry_run:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -269,22 +256,23 @@ def _environment(cache: pathlib.Path, dry_run: bool) -> dict[str, str]:
 
 
 def _run(part: Part, setting: Setting, environment: dict[str, str], log: BoundedLog) -> Outcome:
-    """One part, its output into the log as it comes."""
+    """Run one part, and write its output to the log as it comes."""
     began = time.monotonic()
-    said: collections.deque[str] = collections.deque(maxlen=part.lines)
-    errors: collections.deque[str] = collections.deque(maxlen=ERROR_LINES)
     while True:
         left = 60 * setting.minutes - (time.monotonic() - began)
         command = part.command(setting._replace(minutes=left / 60))
         log.write(f"\n{'#' * 80}\n# {part.name}: {part.what}\n# {' '.join(command)}\n\n")
-        status = _output(command, left, environment, log, said, errors)
+        status, output, errors = _output(command, left, environment, log)
         if status != AGAIN or time.monotonic() - began > 60 * setting.minutes:
             break
+    last_paragraph = "\n".join(output).rstrip().rpartition("\n\n")[2]
+    said = last_paragraph.splitlines()[-part.lines :]
     verdict = _verdict(status, said)
     log.write(f"\n# {part.name}: {verdict}\n")
     good = status in (0, LEFT_OUT)
-    lines = [*said] if good or status in OVER else [*said, *errors]
-    return Outcome(part, verdict, good, time.monotonic() - began, lines)
+    if not good and status not in OVER:
+        said += [line for line in errors if line][-ERROR_LINES:]
+    return Outcome(part, verdict, good, time.monotonic() - began, said)
 
 
 def _verdict(status: int, said: Iterable[str]) -> str:
@@ -299,60 +287,43 @@ def _verdict(status: int, said: Iterable[str]) -> str:
 
 
 def _output(
-    command: list[str],
-    seconds: float,
-    environment: dict[str, str],
-    log: BoundedLog,
-    said: collections.deque[str],
-    errors: collections.deque[str],
-) -> int:
-    """Run it, in a group of processes of its own; its exit status, or TIME_OVER if it had to be stopped.
+    command: list[str], seconds: float, environment: dict[str, str], log: BoundedLog
+) -> tuple[int, list[str], list[str]]:
+    """Run a command in its own process group.
 
-    said: the end of the last paragraph of its standard output; errors: of its standard error.
+    Returns its exit status, or TIME_OVER if it was stopped, and the last lines of its output and errors.
     """
     process = subprocess.Popen(
         command, cwd=results.ROOT, env=environment, text=True, errors="replace", start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+    output, errors = (collections.deque[str](maxlen=LAST_LINES) for _ in range(2))
 
-    def read(stream: IO[str], hear: Callable[[str], None]) -> None:
+    def read(stream: IO[str], lines: collections.deque[str]) -> None:
         for line in stream:
             log.write(line)
-            hear(line)
-
-    paragraph = True
-
-    def hear(line: str) -> None:
-        nonlocal paragraph
-        if line.strip():
-            if paragraph:
-                said.clear()
-            said.append(line.rstrip())
-        paragraph = not line.strip()
-
-    def hear_error(line: str) -> None:
-        if line.strip():
-            errors.append(line.rstrip())
+            lines.append(line.rstrip())
 
     assert process.stdout is not None
     assert process.stderr is not None
-    streams = ((process.stdout, hear), (process.stderr, hear_error))
+    streams = ((process.stdout, output), (process.stderr, errors))
     readers = [threading.Thread(target=read, args=pair, daemon=True) for pair in streams]
     for reader in readers:
         reader.start()
     try:
-        return process.wait(seconds)
+        status = process.wait(seconds)
     except subprocess.TimeoutExpired:
-        return TIME_OVER
+        status = TIME_OVER
     finally:  # also after an interrupt
         if process.poll() is None:
             _signal(process, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
-        _signal(process, signal.SIGKILL)  # and whatever it has started
+        _signal(process, signal.SIGKILL)  # also stops the processes that it started
         process.wait()
         for reader in readers:
             reader.join(FINISH / 3)
+    return status, list(output), list(errors)
 
 
 def _signal(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
@@ -374,7 +345,7 @@ def _head(dry_run: bool) -> list[str]:
 
 
 def _page(head: Sequence[str], outcomes: Sequence[Outcome], out: pathlib.Path) -> str:
-    """A part's last lines are indented by four, which Markdown shows as they are."""
+    """The summary. A part's last lines are indented by four spaces, so Markdown shows them unchanged."""
     lines = list(head)
     for outcome in outcomes:
         part = outcome.part
@@ -389,9 +360,3 @@ def _page(head: Sequence[str], outcomes: Sequence[Outcome], out: pathlib.Path) -
 
 def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
-
-
-def _write(file: pathlib.Path, text: str) -> None:
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)

@@ -1,23 +1,14 @@
-"""Microseconds of a training step in two launches, of an epoch, and of the persistent form, on a GPU.
+"""``python -m benchmarks.step_kernels``: our kernels for a whole training step against PyTorch, on a GPU.
 
-    python -m benchmarks.step_kernels --output results.json
-    python -m benchmarks.step_kernels --dry-run
-
-An MNIST network, 784-256-128-10 with SGD and momentum, on random pixels that lie on the device. The forms:
-
-- torch: gather, forward, loss, backward, SGD, from Python, launch by launch
-- torch, graph: a whole epoch of that in one CUDA graph
-- two launches: rows and weights, from Python
-- two launches, graph: a whole epoch of them in one CUDA graph
-- overlapping, graph: with programmatic dependent launch, which needs compute capability 9.0
-- persistent: a whole epoch in one cooperative launch
-
-Before a form is timed its losses are compared with PyTorch's in float64; one that is wrong is not timed.
---dry-run runs tiny sizes once, on a CPU in Triton's interpreter, and times nothing.
+The network is MNIST's, 784-256-128-10, with SGD and momentum, on random pixels in GPU memory. FORMS lists the
+ways to train it. "overlapping" uses programmatic dependent launch, which needs compute capability 9.0;
+"persistent" is a whole epoch in one cooperative launch. The losses of each form are first compared with
+float64's, and a form with wrong losses is not timed.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import pathlib
@@ -29,55 +20,71 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import results
+from benchmarks.cases import MNIST, network
 from benchmarks.statuses import TIME_OVER
 from fusedmlp.torch_tools import cuda_graph
 
 KINDS = ("ieee", "tf32", "float16", "bfloat16")
-# How far a loss may be from float64's, relatively, after an epoch of at most LEAST_STEPS.
+# The largest relative difference of a loss from float64's in the first CHECKED_STEPS.
 TOLERANCE = {"ieee": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 5e-2}
 CHECKED_STEPS = 20
 LEARNING_RATE, MOMENTUM = 0.05, 0.9
+FORMS = {  # each form, and its heading in the table
+    "torch": "torch",  # gather, forward, loss, backward and SGD, launched one by one from Python
+    "torch, graph": "+graph",  # a whole epoch of that in one CUDA graph
+    "two launches": "two",  # our two kernels of a step, rows.py and weights.py, launched from Python
+    "two launches, graph": "+graph",
+    "overlapping, graph": "overlap",
+    "persistent": "persist",
+}
+PARTS = {  # name of the rows, forms and batch sizes; the most useful part is first, as the time may be over
+    "epoch": ("epoch", ("torch, graph", "two launches, graph"), (512, 4096)),
+    "ladder": ("step ladder", tuple(FORMS), (128, 512, 1024, 4096)),
+    "persistent": (
+        "persistent", ("two launches, graph", "overlapping, graph", "persistent"), (128, 512, 2048)
+    ),
+}  # fmt: skip
 
 
 class Epoch:
-    """The data, the parameters and the memory of one epoch, which every form runs alike."""
+    """The data, parameters and memory of one epoch, and the ways to run it."""
 
     def __init__(self, widths: tuple[int, ...], rows: int, batch: int, kind: str, device: str) -> None:
-        from fusedmlp.kernels.train_step import step
+        from fusedmlp.kernels.train_step import optimizers, step
 
         generator = torch.Generator().manual_seed(0)
         self.batch, self.kind, self.steps = batch, kind, -(-rows // batch)
-        self.images = torch.randint(0, 256, (rows, widths[0]), dtype=torch.uint8, generator=generator).to(
-            device
-        )
+        images = torch.randint(0, 256, (rows, widths[0]), dtype=torch.uint8, generator=generator)
+        self.images = images.to(device)
         self.labels = torch.randint(0, widths[-1], (rows,), generator=generator).to(device)
         self.order = torch.randperm(rows, generator=generator).to(device)
         torch.manual_seed(0)
-        layers: list[torch.nn.Module] = []
-        for i in range(len(widths) - 1):
-            layers += [torch.nn.Linear(widths[i], widths[i + 1]), torch.nn.ReLU()]
-        self.model = torch.nn.Sequential(*layers[:-1]).to(device)
+        self.model = network(widths).to(device)
         self.start = copy.deepcopy(self.model.state_dict())
         self.dtype = getattr(torch, kind, torch.float32)
         data = [p.detach() for p in self.model.parameters()]
         moments = [torch.zeros_like(p) for p in data]
         none = (None,) * (len(widths) - 1)
-        self.workspace = step.workspace_for(widths, min(batch, rows), self.dtype, torch.device(device))
-        self.parameters = step.Parameters(
-            tuple(data[::2]), tuple(data[1::2]), self.workspace.copies,
+        workspace = step.workspace_for(widths, min(batch, rows), self.dtype, torch.device(device))
+        parameters = step.Parameters(
+            tuple(data[::2]), tuple(data[1::2]), workspace.low_precision,
             tuple(moments[::2]), tuple(moments[1::2]), none, none,
         )  # fmt: skip
         self.moments = moments
-        self.network = step.Network(widths, "cross_entropy", "sgd")
-        row = step.sgd_numbers(LEARNING_RATE, MOMENTUM, 0.0, 0.0)
-        self.numbers = torch.tensor([[row] * len(data)] * self.steps, dtype=torch.float32, device=device)
+        self.widths = widths
+        row = optimizers.sgd_coefficients(LEARNING_RATE, MOMENTUM, 0.0, 0.0)
+        coefficients = torch.tensor([[row] * len(data)] * self.steps, dtype=torch.float32, device=device)
         self.losses = torch.full((self.steps,), float("nan"), device=device)
+        self.job = step.Job(
+            self.images, self.order, self.labels, parameters, step.Network(widths, "cross_entropy", "sgd"),
+            coefficients, self.losses, workspace, 1 / 255,
+        )  # fmt: skip
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, fused=device == "cuda"
         )
 
     def rewind(self) -> None:
-        """Back to the parameters of the beginning, as they lie in memory."""
+        """Reset the parameters and the optimizer in place."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(self.start[name])
@@ -106,24 +113,18 @@ class Epoch:
     def by_two_launches(self, overlap: bool = False) -> None:
         from fusedmlp.kernels.train_step import step
 
-        step.refresh_copies(self.parameters)
+        step.refresh_low_precision(self.job.parameters)
         for i, first, rows in self.batches():
-            step.train_step(
-                self.images, self.order, first, rows, self.labels, self.parameters, self.network,
-                self.numbers, self.losses, i, self.workspace, 1 / 255, overlap,
-            )  # fmt: skip
+            step.train_step(self.job, first, rows, i, overlap)
 
     def by_one_launch(self) -> None:
-        from fusedmlp.kernels.train_step import step
+        from fusedmlp.kernels.train_step import persistent, step
 
-        step.refresh_copies(self.parameters)
-        step.train_steps(
-            self.images, self.order, 0, len(self.order), self.batch, self.labels, self.parameters,
-            self.network, self.numbers, self.losses, self.workspace, 1 / 255,
-        )  # fmt: skip
+        step.refresh_low_precision(self.job.parameters)
+        persistent.train_steps(self.job, 0, len(self.order), self.batch)
 
     def exact(self) -> torch.Tensor:
-        """The losses of the first steps, in float64."""
+        """The losses of the first steps in float64."""
         model = copy.deepcopy(self.model).double()
         model.load_state_dict(self.start)
         optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
@@ -141,7 +142,7 @@ class Epoch:
 
 
 def graph_of(run: Callable[[], None]) -> Callable[[], None]:
-    """``run`` captured, after once as it is, which compiles kernels and makes the optimizer's state."""
+    """Capture ``run`` in a CUDA graph. It runs once before, to compile kernels and make optimizer state."""
     stream = torch.cuda.Stream()
     with cuda_graph.beside(stream):
         run()
@@ -150,14 +151,14 @@ def graph_of(run: Callable[[], None]) -> Callable[[], None]:
 
 
 def forms_of(epoch: Epoch, wanted: tuple[str, ...]) -> dict[str, Callable[[], Callable[[], None]]]:
-    """What makes each form, ready to run."""
-    from fusedmlp.kernels.train_step.step import why_not_persistent
+    """For each form that can run here, a function that prepares it."""
+    from fusedmlp.kernels.train_step.persistent import why_not_persistent
 
     all_forms: dict[str, Callable[[], Callable[[], None]]] = {
         "torch": lambda: epoch.by_torch,
         "two launches": lambda: epoch.by_two_launches,
     }
-    if why_not_persistent(epoch.network.widths, epoch.dtype) is None:
+    if why_not_persistent(epoch.widths, epoch.dtype) is None:
         all_forms["persistent"] = lambda: epoch.by_one_launch
     if epoch.images.is_cuda:
         all_forms["torch, graph"] = lambda: graph_of(epoch.by_torch)
@@ -170,7 +171,7 @@ def forms_of(epoch: Epoch, wanted: tuple[str, ...]) -> dict[str, Callable[[], Ca
 def measure(
     what: str, epoch: Epoch, wanted: tuple[str, ...], repeats: int, dry: bool
 ) -> Iterator[dict[str, Any]]:
-    """A result for each form, all timed in turns, of an epoch and so of its steps."""
+    """Check each form, and time their epochs in turns; yields a row for each form."""
     right = epoch.exact()
     found: dict[str, dict[str, Any]] = {}
     runs: dict[str, Callable[[], None]] = {}
@@ -182,7 +183,7 @@ def measure(
             epoch.rewind()
             run()
             error = ((epoch.losses[: len(right)].double() - right).abs() / right).max().item()
-        except Exception as problem:  # the other forms are still worth knowing
+        except Exception as problem:  # is reported, and the other forms go on
             result["problem"] = f"{type(problem).__name__}: {problem}"[:500]
             continue
         result["loss_error"] = error
@@ -207,18 +208,8 @@ def measure(
     yield from found.values()
 
 
-ALL_FORMS = (
-    "torch",
-    "torch, graph",
-    "two launches",
-    "two launches, graph",
-    "overlapping, graph",
-    "persistent",
-)
-
-
 class Setting(NamedTuple):
-    """What several forms are timed at, in turns; rows: of the data, so of an epoch."""
+    """Where several forms are timed in turns; rows: the number of rows in an epoch."""
 
     what: str
     kind: str
@@ -229,73 +220,46 @@ class Setting(NamedTuple):
     def epoch(self, dry: bool) -> Epoch:
         torch.backends.cuda.matmul.fp32_precision = "tf32" if self.kind == "tf32" else "ieee"
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        widths = (32, 32, 16, 10) if dry else (784, 256, 128, 10)
+        widths = (32, 32, 16, 10) if dry else MNIST
         return Epoch(widths, self.rows, self.batch, self.kind, device)
 
     def has(self, row: dict[str, Any]) -> bool:
         return (row["what"], row["arithmetic"], row["batch"]) == (self.what, self.kind, self.batch)
 
 
-def step_ladder(batch: int, kind: str) -> Setting:
-    """Every form at several batch sizes, in every arithmetic, on 50 steps."""
-    return Setting("step ladder", kind, batch, 50 * batch, ALL_FORMS)
-
-
-def epochs(batch: int, kind: str) -> Setting:
-    """60,000 rows in graphs, at batch 512 and 4096, with a short last batch."""
-    return Setting("epoch", kind, batch, 60_000, ("torch, graph", "two launches, graph"))
-
-
-def persistent_against_replay(batch: int, kind: str) -> Setting:
-    """Whether one cooperative launch is more than 20 % faster than a graph's replay."""
-    return Setting(
-        "persistent", kind, batch, 60_000, ("two launches, graph", "overlapping, graph", "persistent")
-    )
-
-
-PARTS = {  # what is worth most comes first, for the time may be over before the end
-    "epoch": (epochs, (512, 4096)),
-    "ladder": (step_ladder, (128, 512, 1024, 4096)),
-    "persistent": (persistent_against_replay, (128, 512, 2048)),
-}
-
-
 def settings(parts: list[str], dry: bool) -> list[Setting]:
-    found = [
-        make(batch, kind)
-        for make, batches in (PARTS[part] for part in parts)
-        for kind in KINDS
-        for batch in ((24,) if dry else batches)
-    ]
-    if dry:  # graphs want a GPU, so that of an epoch's forms none would be left
-        found = [
-            s._replace(rows=60, forms=(*s.forms, *(("two launches",) * (s.what == "epoch")))) for s in found
-        ]
+    """The settings of these parts: an epoch of 60,000 rows, or 50 steps in the part "ladder"."""
+    found = []
+    for part in parts:
+        what, forms, batches = PARTS[part]
+        if dry and part == "epoch":  # the others of its forms need a GPU
+            forms = (*forms, "two launches")
+        for kind, batch in itertools.product(KINDS, (24,) if dry else batches):
+            rows = 60 if dry else 50 * batch if part == "ladder" else 60_000
+            found.append(Setting(what, kind, batch, rows, forms))
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, once, without times")
-    parser.add_argument(
-        "--output",
-        type=pathlib.Path,
-        help="a JSON file for the results, written as they come; what it holds of this device, these "
-        "versions and this commit is not measured again",
+    parser.add_argument("parts", nargs="*", help=f"{', '.join(PARTS)}; all by default")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, run once and not timed")
+    output = (
+        "a JSON file for the results; what it holds already, of this device, commit and versions, is kept"
     )
+    parser.add_argument("--output", type=pathlib.Path, help=output)
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"{', '.join(sorted(unknown))}: there are the parts {', '.join(PARTS)}")
     dry = arguments.dry_run
     if not torch.cuda.is_available():
         if not dry:
-            sys.exit("this times kernels on a CUDA device, and there is none; --dry-run needs none")
+            sys.exit("there is no CUDA device to time kernels on; --dry-run needs none")
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
     chosen = settings(arguments.parts or list(PARTS), dry)
     found = about(dry)
     rows = found["results"] = kept(arguments.output, found)
-    without_a_form = 0  # on this device
+    without_a_form = 0  # settings of which no form can run on this device
     try:
         for setting in chosen:
             if done(setting, rows):
@@ -311,8 +275,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted")
         if rows and arguments.output is not None:
-            results.write(found, arguments.output)  # again, for the interrupt may have stopped the last write
-    # Settings are counted by their rows, so that the count agrees with the file wherever an interrupt came.
+            results.write(
+                found, arguments.output
+            )  # again, because the interrupt may have stopped the last write
+    # Settings are counted by their rows, so that the count agrees with the file after an interrupt.
     count = sum(any(setting.has(row) for row in rows) for setting in chosen) + without_a_form
     print("\n" + "\n".join(table(rows)))
     problems = [row for row in rows if "problem" in row]
@@ -326,7 +292,7 @@ def main() -> int:
 
 
 def about(dry: bool) -> dict[str, Any]:
-    """What is measured on, and with."""
+    """The head of the file: device, versions and commit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     everything = results.about(device, dry)
     names = ("format", "date", "commit", "dry_run", "device", "versions")
@@ -334,7 +300,7 @@ def about(dry: bool) -> dict[str, Any]:
 
 
 def kept(file: pathlib.Path | None, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that an earlier command has measured on the same; found then has the date of that."""
+    """The rows of an earlier command on the same device and commit; then ``found`` gets its date."""
     if file is None or not file.exists():
         return []
     try:
@@ -342,7 +308,7 @@ def kept(file: pathlib.Path | None, found: dict[str, Any]) -> list[dict[str, Any
         results.same_or_unreadable(before, found, file)
         rows: list[dict[str, Any]] = before["results"]
     except (ValueError, KeyError, AttributeError) as problem:
-        print(f"measured anew, because {problem}")
+        print(f"measured again, because {problem}")
         return []
     print(f"{file} has {len(rows)} rows already, measured from {before['date']} on")
     found["date"] = before["date"]
@@ -350,7 +316,7 @@ def kept(file: pathlib.Path | None, found: dict[str, Any]) -> list[dict[str, Any
 
 
 def done(setting: Setting, rows: list[dict[str, Any]]) -> bool:
-    """Whether this was measured; what had a problem is tried again."""
+    """Whether this was measured without a problem."""
     mine = [row for row in rows if setting.has(row)]
     return bool(mine) and not any("problem" in row for row in mine)
 
@@ -364,28 +330,15 @@ def outcome(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Microseconds a step: a line for each setting, a column for each form."""
-    columns = {
-        "torch": "torch",
-        "torch, graph": "+graph",
-        "two launches": "two",
-        "two launches, graph": "+graph",
-    }
-    columns |= {"overlapping, graph": "overlap", "persistent": "persist"}
-    lines = [f"{'us a step':<27}" + "".join(f"{short:>9}" for short in columns.values())]
-    for what, kind, batch in dict.fromkeys((row["what"], row["arithmetic"], row["batch"]) for row in rows):
-        cells = dict.fromkeys(columns, "-")
-        for row in rows:
-            if (row["what"], row["arithmetic"], row["batch"]) == (what, kind, batch):
-                cells[row["form"]] = (
-                    "problem"
-                    if "problem" in row
-                    else f"{row['step_us']:.2f}"
-                    if "step_us" in row
-                    else "right"
-                )
-        name = f"{what.removeprefix('step ')} {kind} {batch}"
-        lines.append(f"{name:<27}" + "".join(f"{cell:>9}" for cell in cells.values()))
+    """Microseconds per step, with a line for each setting and a column for each form."""
+    lines = [f"{'us a step':<27}" + "".join(f"{heading:>9}" for heading in FORMS.values())]
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        name = f"{row['what'].removeprefix('step ')} {row['arithmetic']} {row['batch']}"
+        cell = f"{row['step_us']:.2f}" if "step_us" in row else "right"
+        cells.setdefault(name, {})[row["form"]] = "problem" if "problem" in row else cell
+    for name, by_form in cells.items():
+        lines.append(f"{name:<27}" + "".join(f"{by_form.get(form, '-'):>9}" for form in FORMS))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The sweep: every case, every contestant, first whether it is right, then how long it takes."""
+"""The sweep: check every contestant of every case against float64, and time those that are accurate."""
 
 import argparse
 import fnmatch
@@ -18,6 +18,9 @@ import fusedmlp
 from benchmarks import cases, contestants, report, results, timing
 from benchmarks.cases import Case
 from benchmarks.statuses import AGAIN, TIME_OVER
+from fusedmlp.torch_tools.warn import first_line
+
+UNMEASURED = ("problem", "error_ratio", "wall_us", "device_us", "tflops", "gbps", "peak_bytes")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -25,38 +28,26 @@ def add_parser(subparsers: Any) -> None:
         "run",
         help="measure (the default)",
         description="Measure layers, MLPs and training steps with PyTorch (eager, torch.compile, CUDA "
-        "graphs) and with fusedmlp, each result checked against float64 before it is timed, and write "
-        "results.json, results.md and plots. Without a GPU a few cases that a CPU can do in minutes are "
-        "measured.",
+        "graphs) and with fusedmlp. Each result is checked against float64 before it is timed. Writes "
+        "results.json, results.md and plots. Without a GPU it measures a few cases, which take minutes.",
         epilog="example: python -m benchmarks --quick --only 'mlp*' --only '*tf32'",
     )
-    parser.add_argument("--quick", action="store_true", help="a few cases of each kind, under 5 minutes")
-    parser.add_argument(
-        "--only",
-        action="append",
-        metavar="PATTERN",
-        help="only cases whose name, as --list shows it, matches, for instance 'mlp*' or '*65536x256*'; may "
-        "be given several times",
+    quick = "a few cases of each kind, under 5 minutes"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    only = "only cases whose name in --list matches, such as 'mlp*' or '*65536x256*'; can be repeated"
+    parser.add_argument("--only", action="append", metavar="PATTERN", help=only)
+    out = (
+        "default: benchmarks/results/DEVICE-DATE; cases that it has already, of this device, commit and "
+        "versions, are kept and not measured again"
     )
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        metavar="DIR",
-        help="default: benchmarks/results/DEVICE-DATE; if results of this device, commit and versions are "
-        "there, their cases are kept and the others measured",
-    )
-    parser.add_argument(
-        "--minutes", type=float, metavar="N", help="begin no case after so many (default: none, 4 if --quick)"
-    )
+    parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help=out)
+    minutes = "begin no case after this time (default: no limit; 4 with --quick)"
+    parser.add_argument("--minutes", type=float, metavar="N", help=minutes)
     parser.add_argument("--list", action="store_true", help="print the cases and measure nothing")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="on the CPU, tiny, the kernels in Triton's interpreter: exercises everything, measures nothing",
-    )
-    parser.add_argument(
-        "--no-report", action="store_true", help="results.json only: 'report' makes the rest of it later"
-    )
+    dry_run = "tiny cases on the CPU in Triton's interpreter: runs all of the code; the times mean nothing"
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    no_report = "write results.json only; 'report' can make the rest later"
+    parser.add_argument("--no-report", action="store_true", help=no_report)
     parser.set_defaults(run=run)
 
 
@@ -81,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"--minutes must be positive, got {options.minutes:g}", file=sys.stderr)
         return 2
     if options.dry_run and results.has_triton() and os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton reads it when it is imported, which torch may have done by now.
+        # Triton reads TRITON_INTERPRET when it is imported, and torch may have imported it already.
         environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.run([sys.executable, "-m", "benchmarks", *sys.argv[1:]], env=environment).returncode
     chosen = _chosen(options)
@@ -100,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         _keep(found, file)
     except results.Unreadable as problem:
-        print(f"{problem}. Choose another --out, or move it away", file=sys.stderr)
+        print(f"{problem}. Choose another --out, or move the file away", file=sys.stderr)
         return 2
     done = {results.name_of(case) for case in found["cases"]}
     waiting = [case for case in chosen if str(case) not in done]
@@ -115,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _keep(found: dict[str, Any], file: pathlib.Path) -> None:
-    """Go on with what is in the file, if it was measured on the same; raises Unreadable if not."""
+    """Keep the cases that the file has; raises Unreadable if they are of another device or version."""
     if not file.exists():
         return
     before = results.read(file)
@@ -143,16 +134,16 @@ def _measure_all(
             found["cases"].append(measured)
             results.write(found, file)
             if not _alive():
-                print(f"the device failed in {case}: start the same command again to go on", file=sys.stderr)
+                print(f"the device failed in {case}: repeat the same command to continue", file=sys.stderr)
                 return AGAIN
     except KeyboardInterrupt:
-        print("interrupted; the cases before are kept, and the same command goes on", file=sys.stderr)
+        print("interrupted; finished cases are kept, repeat the command to continue", file=sys.stderr)
         return 130
     return 0
 
 
 def _alive() -> bool:
-    """Whether the device still computes, which it does not after, say, an illegal address."""
+    """Whether the device still works; it does not after an illegal memory access, for instance."""
     try:
         timing.synchronize()
     except RuntimeError:
@@ -163,44 +154,22 @@ def _alive() -> bool:
 def measure(
     case: Case, device: torch.device, few: bool, dry_run: bool, timed: bool = True, only: str = "*"
 ) -> dict[str, Any]:
-    """One case: its contestants in order, each with its times, or with the problem that it has none.
+    """Measure one case: its entry in the file, with the times or the problem of each contestant.
 
-    timed: else they are only checked; only: the contestants beside eager whose names match.
+    few, dry_run: see contestants.contestants; timed: False only checks the results; only: a pattern for the
+    names of the contestants beside eager.
     """
     with cases.arithmetic(case.dtype):
         rows = _measure(case, device, few, dry_run, timed, only)
     gc.collect()
     if device.type == "cuda" and _alive():
         torch.cuda.empty_cache()
-    return {
-        "what": case.what,
-        "rows": case.rows,
-        "widths": list(case.widths),
-        "dtype": case.dtype,
-        "flops": case.flops,
-        "least_bytes": case.least_bytes,
-        "contestants": rows,
-    }
-
-
-def _row(one: contestants.Contestant) -> dict[str, Any]:
-    return {
-        "name": one.name,
-        "family": one.family,
-        "graph": one.graph,
-        "problem": None,
-        "error_ratio": None,
-        "wall_us": None,
-        "device_us": None,
-        "tflops": None,
-        "gbps": None,
-        "peak_bytes": None,
-        "note": one.note,
-    }
+    counts = {"flops": case.flops, "least_bytes": case.least_bytes}
+    return case._asdict() | counts | {"contestants": rows}
 
 
 def _copies(case: Case, device: torch.device) -> int:
-    """So many inputs that they do not all stay in the cache, to twice its size; 2 on a CPU."""
+    """How many inputs fill the device's cache twice, so that none stays in it; 2 on a CPU."""
     if device.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -215,7 +184,9 @@ def _measure(
     compiling = not dry_run or (case.what, case.dtype) == (cases.INFERENCE, "float32")
     field = contestants.contestants(case, device, few, compiling)
     field = [one for one in field if one.name == "eager" or _matches(one.name, only)]
-    rows = [_row(one) for one in field]
+    rows: list[dict[str, Any]] = [dict.fromkeys(UNMEASURED) | one._asdict() for one in field]
+    for row in rows:
+        del row["prepare"]
     try:
         work = contestants.Work(case, device, _copies(case, device) if timed else 2)
         exact = contestants.exactly(work)
@@ -224,7 +195,7 @@ def _measure(
             row["problem"] = "not enough memory for the inputs and the results in float64"
         return rows
     if any(one.name.startswith("compile") for one in field):
-        torch.compiler.reset()  # else a module that comes back with other shapes is compiled for any
+        torch.compiler.reset()  # otherwise a module that comes again is compiled for all shapes
     runs: dict[str, timing.Run] = {}
     eagers: contestants.Results | None = None
     for one, row in zip(field, rows, strict=True):
@@ -237,19 +208,15 @@ def _measure(
             if one.name == "eager":
                 eagers = found
             if one.family != "other":
-                row["error_ratio"], row["problem"] = (
-                    (None, "not checked: eager PyTorch, whose error is the measure, did not run")
-                    if eagers is None
-                    else contestants.check(found, eagers, exact)
-                )
+                row["error_ratio"], row["problem"] = contestants.check(found, eagers, exact)
             del found
             if row["problem"] is None:
                 runs[one.name] = call
                 row["peak_bytes"] = _peak(call) if cuda and timed and not one.graph else None
                 if one.name == "fusedmlp auto":
                     row["note"] = _what_auto_does(work)
-        except Exception as error:  # told of, and the others go on
-            row["problem"] = timing.first_line(error)
+        except Exception as error:  # is reported, and the other contestants go on
+            row["problem"] = first_line(error)
             if isinstance(error, torch.OutOfMemoryError):
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -257,9 +224,9 @@ def _measure(
     if timed and (not cuda or _alive()):
         try:
             _time(case, rows, runs, len(work.xs), cuda, dry_run)
-        except RuntimeError as error:  # out of memory, for one
+        except RuntimeError as error:  # out of memory, for example
             for row in rows:
-                row["problem"] = row["problem"] or f"not timed: {timing.first_line(error)}"
+                row["problem"] = row["problem"] or f"not timed: {first_line(error)}"
     return rows
 
 
@@ -290,7 +257,7 @@ def _time(
 
 
 def _peak(call: timing.Run) -> int:
-    """Bytes at most in use beyond what was before, during one call."""
+    """The peak of memory in use during one call, in bytes, beyond what was in use before."""
     timing.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -300,10 +267,10 @@ def _peak(call: timing.Run) -> int:
 
 
 def _what_auto_does(work: contestants.Work) -> str:
-    """The path that "auto" takes, and why."""
+    """What backend("auto") runs, and why."""
     with torch.set_grad_enabled(not work.case.forward_only):
         paths = {
-            f"PyTorch's operators: {row.reason}" if row.reason else f"kernels: {row.basis}"
+            f"On PyTorch's operators: {row.reason}" if row.reason else f"On the kernels: {row.basis}"
             for row in fusedmlp.explain(work.fused_model(), work.xs[0]).rows
         }
-    return "; ".join(sorted(paths))
+    return " ".join(sorted(paths))

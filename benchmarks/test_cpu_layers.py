@@ -1,10 +1,9 @@
-"""Layers and modules on a CPU as ratios to ``torch.nn``'s: ``pytest benchmarks -k cpu_layers``.
+"""``pytest benchmarks -k cpu_layers``: our layers and modules on a CPU against those of ``torch.nn``.
 
-At batch 1 a call's own price is what is seen, from batch 64 on the arithmetic. Training is a forward and a
+At batch 1 the overhead of a call dominates, from batch 64 on the arithmetic. "training" is a forward and a
 backward with the gradients of the parameters.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import fusedmlp
+from benchmarks import cases
 from benchmarks.conftest import Race
 from benchmarks.interleaved import AGAIN
 
@@ -24,17 +24,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def network(nn: Any, widths: tuple[int, ...], dtype: torch.dtype) -> torch.nn.Module:
     """A Linear and a ReLU, or an MLP, always with the same parameters."""
     torch.manual_seed(0)
-    layers: list[torch.nn.Module] = []
-    for inputs, outputs in itertools.pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    model: torch.nn.Module = nn.Sequential(*(layers if len(widths) == 2 else layers[:-1]))
-    return model.to(dtype)
+    return cases.network(widths, final_relu=len(widths) == 2, nn=nn).to(dtype)
 
 
 def call(
     model: Callable[..., torch.Tensor], x: torch.Tensor, parameters: list[torch.Tensor]
 ) -> Callable[[], object]:
-    """Inference, or with parameters training."""
+    """A call for inference or, if there are parameters, for training."""
 
     def inference() -> None:
         with torch.no_grad():
@@ -53,7 +49,7 @@ def call(
 def test_module(race: Race, quick: bool, dtype: str, training: bool, name: str, batch: int) -> None:
     if quick and (batch not in (1, 64) or name == "1024 -> 1024"):
         pytest.skip("--quick leaves this size out")
-    torch.compiler.reset()  # else the eighth shape of a function is the last that is compiled
+    torch.compiler.reset()  # otherwise torch.compile gives up after eight shapes of a function
     models: dict[str, Any] = {
         "eager": network(torch.nn, WIDTHS[name], DTYPES[dtype]),
         AGAIN: network(torch.nn, WIDTHS[name], DTYPES[dtype]),
@@ -83,11 +79,8 @@ def test_function(race: Race, quick: bool, dtype: str, batch: int) -> None:
         with torch.no_grad():
             fusedmlp.functional.linear_relu(x, weight, bias)
 
-    race(
-        f"functional.linear_relu, 784 -> 256, {dtype}, inference",
-        f"{batch}",
-        {"eager": eager, AGAIN: eager, "fusedmlp": fused},
-    )
+    title = f"functional.linear_relu, 784 -> 256, {dtype}, inference"
+    race(title, f"{batch}", {"eager": eager, AGAIN: eager, "fusedmlp": fused})
 
 
 @pytest.mark.parametrize("width", [8, 784])
@@ -97,8 +90,6 @@ def test_lone_linear(race: Race, width: int) -> None:
     x = torch.randn(1, width)
     for training in (False, True):
         calls = [call(model, x, list(model.parameters()) if training else []) for model in models]
-        race(
-            "one Linear, 1 row, float32",
-            f"{width} -> {width}, {'training' if training else 'inference'}",
-            dict(zip(("eager", AGAIN, "fusedmlp.nn"), calls, strict=True)),
-        )
+        row = f"{width} -> {width}, {'training' if training else 'inference'}"
+        contestants = dict(zip(("eager", AGAIN, "fusedmlp.nn"), calls, strict=True))
+        race("one Linear, 1 row, float32", row, contestants)

@@ -1,14 +1,14 @@
-"""A step and an epoch of training on a CPU, as ratios to the plain loop on preloaded data.
+"""``pytest benchmarks -k cpu_training``: TrainStep and TrainStep.epoch on a CPU against the plain loop.
 
-    pytest benchmarks/ -k cpu_training            # everything, a few minutes, most of them torch.compile's
-    pytest benchmarks/ -k cpu_training --quick    # does it run
-
-One thread; the plain loop is ``nn.Sequential`` with torch's optimizer at its defaults and
-``nn.CrossEntropyLoss``. Before anything is timed, the losses of contestants of one dtype have to agree.
+The plain loop is ``nn.Sequential`` with torch's optimizer at its defaults and ``nn.CrossEntropyLoss``, on
+preloaded data in one thread. Before anything is timed, the losses of all contestants have to agree. It takes
+a few minutes, mostly for torch.compile; ``--quick`` only tests that it runs.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import fusedmlp
+from benchmarks import cases
 from benchmarks.conftest import Race
 from benchmarks.interleaved import AGAIN
 
@@ -30,10 +31,7 @@ _NAME = "-".join(map(str, WIDTHS))
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for i in range(len(WIDTHS) - 1):
-        layers += [nn.Linear(WIDTHS[i], WIDTHS[i + 1]), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    return cases.network(WIDTHS)
 
 
 def plain(
@@ -48,10 +46,7 @@ def plain(
 
     def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad()
-        if autocast:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = loss_fn(run(x), y)
-        else:
+        with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
             loss = loss_fn(run(x), y)
         loss.backward()
         optimizer.step()
@@ -65,12 +60,8 @@ def ours(optimizer_of: Callable[..., torch.optim.Optimizer], **options: Any) -> 
     return fusedmlp.TrainStep(model, nn.CrossEntropyLoss(), optimizer_of(model.parameters()), **options)
 
 
-def bound(step: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-    return lambda: step(*arguments)
-
-
 def assert_alike(contestants: Contestants) -> None:
-    """The losses of the first three calls, in the dtype of each."""
+    """Compare the losses of the first three calls, within the accuracy of each dtype."""
     losses = {name: torch.stack([run() for _ in range(3)]) for name, run in contestants.items()}
     for name, loss in losses.items():
         tolerance = 0.02 if "bf16" in name else 1e-4
@@ -84,16 +75,16 @@ def test_step(name: str, batch: int, race: Race, quick: bool) -> None:
     torch.manual_seed(1)
     data = torch.randn(batch, WIDTHS[0]), torch.randint(0, WIDTHS[-1], (batch,))
     contestants: Contestants = {
-        "eager": bound(plain(make), *data),
-        AGAIN: bound(plain(make), *data),
-        "TrainStep": bound(ours(make), *data),
-        "fused=True": bound(plain(make, fused=True), *data),
+        "eager": partial(plain(make), *data),
+        AGAIN: partial(plain(make), *data),
+        "TrainStep": partial(ours(make), *data),
+        "fused=True": partial(plain(make, fused=True), *data),
     }
-    # Which takes 10 seconds for each size, and a C++ compiler.
+    # torch.compile takes 10 seconds for each size, and needs a C++ compiler.
     if not quick and shutil.which("g++") is not None:
-        contestants["compile"] = bound(plain(make, compiled=True), *data)
-    contestants["autocast bf16"] = bound(plain(make, autocast=True), *data)
-    contestants["TrainStep bf16"] = bound(ours(make, compute_dtype=torch.bfloat16), *data)
+        contestants["compile"] = partial(plain(make, compiled=True), *data)
+    contestants["autocast bf16"] = partial(plain(make, autocast=True), *data)
+    contestants["TrainStep bf16"] = partial(ours(make, compute_dtype=torch.bfloat16), *data)
     assert_alike(contestants)
     race(f"step, {name}, {_NAME}", f"batch {batch}", contestants)
 
@@ -101,7 +92,7 @@ def test_step(name: str, batch: int, race: Race, quick: bool) -> None:
 @pytest.mark.parametrize("batch", [64, 512])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_epoch(name: str, batch: int, race: Race, quick: bool) -> None:
-    """Of 28 x 28 images in memory, uint8; the plain loop's are float32 already, and a DataLoader's too."""
+    """An epoch on 28 x 28 images in memory: uint8 for TrainStep.epoch, already float32 for all others."""
     make, count = OPTIMIZERS[name], 1024 if quick else 6144
     torch.manual_seed(1)
     images = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8)
@@ -119,15 +110,12 @@ def test_epoch(name: str, batch: int, race: Race, quick: bool) -> None:
     def loaded(step: Callable[..., torch.Tensor]) -> torch.Tensor:
         return torch.stack([step(x, y) for x, y in loader])
 
-    race(
-        f"epoch of {count} images, {name}, {_NAME}",
-        f"batch {batch}",
-        {
-            "eager": bound(loop, plain(make)),
-            AGAIN: bound(loop, plain(make)),
-            "TrainStep": bound(loop, ours(make)),
-            "TrainStep.epoch": bound(ours(make).epoch, images, labels, batch),
-            "epoch bf16": bound(ours(make, compute_dtype=torch.bfloat16).epoch, images, labels, batch),
-            "DataLoader": bound(loaded, plain(make)),
-        },
-    )
+    contestants: Contestants = {
+        "eager": partial(loop, plain(make)),
+        AGAIN: partial(loop, plain(make)),
+        "TrainStep": partial(loop, ours(make)),
+        "TrainStep.epoch": partial(ours(make).epoch, images, labels, batch),
+        "epoch bf16": partial(ours(make, compute_dtype=torch.bfloat16).epoch, images, labels, batch),
+        "DataLoader": partial(loaded, plain(make)),
+    }
+    race(f"epoch of {count} images, {name}, {_NAME}", f"batch {batch}", contestants)

@@ -1,13 +1,10 @@
-"""Microseconds of Python and C++ around the kernels, by layers of the stack, with nothing launched.
+"""``pytest benchmarks -k host``: the time of Python and C++ around the kernels, without launching any.
 
-    pytest benchmarks -k host
-
-Linear+ReLU, and four of them as a chain, forward and forward+backward. Each row of a group holds all that is
-below it: ``module`` is nn.Sequential, ``functional`` is functional.mlp with the predicate, ``Function`` is
-autograd's without it, ``launcher`` chooses tiles and grids and allocates what the kernels would write;
-``predicate`` is that alone, and ``eager`` is torch.nn's Sequential of the same layers. On a CPU the matrices
-are so small (16 x 16) that the arithmetic of PyTorch's side is next to nothing too. What a launch itself
-costs on a GPU comes on top of ours; PyTorch's figures there have it in them.
+It measures Linear+ReLU, and a chain of four of them. Each row includes those below it: ``module`` is
+nn.Sequential, ``functional`` is functional.mlp with the predicate, ``Function`` is the autograd.Function,
+``launcher`` chooses tiles and grids and allocates the outputs. ``predicate`` is measured alone, and ``eager``
+is torch.nn's Sequential of the same layers. The matrices are so small (16 x 16) that PyTorch's arithmetic
+hardly counts. On a GPU, PyTorch's times include its launches, and ours do not.
 """
 
 import copy
@@ -28,7 +25,7 @@ pytest.importorskip("triton", reason="Triton is not installed: no kernels to lau
 
 @pytest.fixture(autouse=True)
 def nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if not torch.cuda.is_available():  # let CPU tensors pass for the kernels'
+    if not torch.cuda.is_available():  # so that the predicate accepts CPU tensors
         monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
     from fusedmlp.kernels import dry_run
 
@@ -44,7 +41,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def networks(count: int) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """torch.nn's, and ours with the same parameters."""
+    """A network of torch.nn, and ours with the same parameters."""
     torch.manual_seed(0)
     modules = [module for _ in range(count) for module in (torch.nn.Linear(16, 16), torch.nn.ReLU())]
     plain = torch.nn.Sequential(*modules).to(DEVICE)
@@ -52,7 +49,7 @@ def networks(count: int) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def calls(count: int, training: bool) -> dict[str, Callable[[], object]]:
-    """What is called at each layer of the stack."""
+    """The function that is called at each layer of the stack."""
     from fusedmlp import kernels
 
     plain, fused = networks(count)
@@ -91,7 +88,7 @@ LAYERS = ("eager", "module", "functional", "Function", "launcher")
 @pytest.mark.parametrize(
     ("mode", "layer"),
     [(mode, layer) for mode in ("forward", "forward+backward") for layer in LAYERS]
-    + [("forward", "predicate")],  # which a backward does not ask
+    + [("forward", "predicate")],  # a backward does not ask the predicate
 )
 @pytest.mark.parametrize("what", COUNTS)
 def test_host(benchmark: Any, what: str, mode: str, layer: str) -> None:
@@ -106,18 +103,23 @@ def test_host(benchmark: Any, what: str, mode: str, layer: str) -> None:
 def test_host_where_little_is_computed(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch, what: str, who: str
 ) -> None:
-    """What backend("auto") costs before it leaves a small network to PyTorch's operators, as it should.
+    """The overhead of backend("auto") when it leaves a small network to PyTorch's operators.
 
-    "all asked": by the whole predicate, not by its quick look. Without a GPU, CPU tensors pass for its own.
+    "auto, all asked" skips the fast check, so the whole predicate runs. Without a GPU, CPU tensors stand in.
     """
     benchmark.group = f"host time where little is computed, {what}, forward"
     plain, fused = networks(COUNTS[what])
     x = torch.randn(16, 16, device=DEVICE)
     if DEVICE == "cpu":
-        monkeypatch.setattr(functional, "surely_unfused", lambda x: False)
         monkeypatch.setattr(predicate, "_interpreted", lambda x: True)
         monkeypatch.setattr(predicate, "_why_not_here", lambda device_type, index: None)
-    if who == "auto, all asked":
-        monkeypatch.setattr(functional, "surely_too_little", lambda x, weights: False)
+
+    def choose(x: torch.Tensor, weights: Any, biases: Any, final_relu: bool) -> bool:
+        if who == "auto" and predicate.surely_too_little(x, weights):
+            return False
+        return functional.why_not_fused_mlp(x, weights, biases, final_relu=final_relu) is None
+
+    if DEVICE == "cpu" or who == "auto, all asked":
+        monkeypatch.setattr(functional, "choose_kernels", choose)
     with fusedmlp.backend("auto"):
         benchmark(lambda: (plain if who == "eager" else fused)(x))

@@ -1,5 +1,6 @@
-"""How long something takes: with launching, and on the device alone; and how fast the device is at best."""
+"""How long a call takes, with launching and on the device alone, and how fast the device is at best."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,8 +10,9 @@ import torch
 
 from benchmarks.cases import DTYPES, arithmetic
 from fusedmlp.torch_tools import cuda_graph
+from fusedmlp.torch_tools.warn import first_line
 
-Run = Callable[[int], Any]  # of the i-th of the rotated inputs
+Run = Callable[[int], Any]  # called with the number of an input
 
 
 def synchronize() -> None:
@@ -19,7 +21,7 @@ def synchronize() -> None:
 
 
 def spread(times: Sequence[float]) -> dict[str, float | int]:
-    """Median, 20th and 80th percentile, and of how many rounds."""
+    """Median, 20th and 80th percentile of the rounds' times, and the number of rounds."""
     ordered = sorted(times)
     last = len(ordered) - 1
     return {
@@ -31,26 +33,28 @@ def spread(times: Sequence[float]) -> dict[str, float | int]:
 
 
 def clock(device: torch.device) -> tuple[Callable[[], float], str]:
-    """What tells the time, and in words: one thread's own is not disturbed by others on a busy machine."""
+    """The clock, and its name. CPU time of a single thread does not count other work on the machine."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.thread_time, "the thread's own CPU time"
     return time.perf_counter, "wall time"
+
+
+def _repeat(run: Run, calls: int) -> None:
+    for i in range(calls):  # keeps no results, so a graph of all calls needs the memory of one
+        run(i)
 
 
 def _microseconds(run: Run, calls: int) -> float:
     now, _ = clock(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     synchronize()
     begin = now()
-    for i in range(calls):
-        run(i)
+    _repeat(run, calls)
     synchronize()
     return 1e6 * (now() - begin) / calls
 
 
-def with_launching(
-    runs: dict[str, Run], rounds: int, milliseconds: float
-) -> dict[str, dict[str, float | int]]:
-    """Microseconds a call of each, called back to back; contestants take turns, so that drift hits all."""
+def with_launching(runs: dict[str, Run], rounds: int, milliseconds: float) -> dict[str, Any]:
+    """Microseconds per call of each, called back to back. They take turns, so drift slows all alike."""
     calls = {}
     for name, run in runs.items():
         _microseconds(run, 2)
@@ -62,16 +66,19 @@ def with_launching(
     return {name: spread(several) for name, several in times.items()}
 
 
-def on_the_device(runs: dict[str, Run], rounds: int, calls: int) -> dict[str, dict[str, float | int] | str]:
-    """Microseconds a call of each, replayed from a CUDA graph, in turns; or why it could not be captured."""
+def on_the_device(runs: dict[str, Run], rounds: int, calls: int) -> dict[str, Any]:
+    """Microseconds per call of each, replayed from a CUDA graph, in turns; or why it cannot be captured."""
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
-    found: dict[str, dict[str, float | int] | str] = {}
+    found: dict[str, Any] = {}
+    device = torch.device("cuda", torch.cuda.current_device())
     for name, run in runs.items():
-        graph = _captured(run, calls)
-        if isinstance(graph, str):
-            found[name] = graph
-        else:
-            graphs[name] = graph
+        several = functools.partial(_repeat, run, calls)
+        try:
+            warm_up_on_a_side_stream(run)
+            graphs[name], _ = cuda_graph.capture(several, device)
+        except Exception as error:  # from the warm-up, or CaptureFailed; the others go on
+            synchronize()
+            found[name] = str(error) if isinstance(error, cuda_graph.CaptureFailed) else first_line(error)
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds + 1):  # the first warms up
         for name, graph in graphs.items():
@@ -84,41 +91,14 @@ def on_the_device(runs: dict[str, Run], rounds: int, calls: int) -> dict[str, di
     return found | {name: spread(several[1:]) for name, several in times.items()}
 
 
-def _captured(run: Run, calls: int) -> torch.cuda.CUDAGraph | str:
-    """A graph of several calls, or why there is none; a capture that fails harms none that comes later."""
-
-    def several() -> None:  # no call's results are kept, so the graph needs the memory of one
-        for i in range(calls):
-            run(i)
-
-    try:
-        warm_up_on_a_side_stream(run)
-        graph, _ = cuda_graph.capture(several, torch.device("cuda", torch.cuda.current_device()))
-    except cuda_graph.CaptureFailed as failure:
-        return str(failure)
-    except Exception as error:  # whatever a contestant does on another stream
-        synchronize()
-        return first_line(error)
-    return graph
-
-
 def warm_up_on_a_side_stream(run: Run) -> None:
-    """What capture asks for."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for i in range(3):
-            run(i)
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-def first_line(error: BaseException) -> str:
-    said = str(error).strip()
-    return f"{type(error).__name__}: {said.splitlines()[0]}" if said else type(error).__name__
+    """Call ``run`` three times, as PyTorch recommends before a capture."""
+    with cuda_graph.beside(torch.cuda.Stream()):
+        _repeat(run, 3)
 
 
 def ceilings(device: torch.device) -> dict[str, Any]:
-    """GB/s of a large copy, and TFLOP/s of a large product of random numbers in each arithmetic."""
+    """GB/s of a large copy, and TFLOP/s of a large product of random matrices in each arithmetic."""
     cuda = device.type == "cuda"
     source = torch.randn(2**28 if cuda else 2**24, device=device)
     target = torch.empty_like(source)

@@ -1,21 +1,19 @@
-"""``python -m benchmarks.tuned``: fusedmlp.tune over the suite's shapes, and the table as it would ship.
+"""``python -m benchmarks.tuned``: run fusedmlp.tune on the suite's shapes, and write a table that can ship.
 
-The table in OUT has the name that it has in kernels/: to ship it, copy it there.
+The table in OUT has the name of a table in kernels/. To ship it, copy it there.
 """
 
 import argparse
-import os
 import pathlib
-import shutil
 import time
 
 import torch
 
 import fusedmlp
-from benchmarks import cases
+from benchmarks import cases, results
 from benchmarks.statuses import TIME_OVER
 
-# Of the time that is left; float16 is computed and measured as bfloat16 is.
+# Each with its share of the time that is left. float16 uses bfloat16's results.
 ARITHMETICS = (("bfloat16", 0.6), ("tf32", 0.6), ("float32", 1.0))
 
 
@@ -25,13 +23,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0, metavar="N")
     parser.add_argument("--dry-run", action="store_true", help="two tiny shapes in Triton's interpreter")
     options = parser.parse_args()
-    from fusedmlp.kernels import tuning_table  # here: Triton need not be installed to ask for --help
+    from fusedmlp.kernels import tuning_table  # imported here, because --help does not need Triton
 
     here = tuning_table.where(torch.cuda.current_device() if torch.cuda.is_available() else None)
     users, ours = tuning_table.users_file(here), options.out / tuning_table.shipped_file(here).name
-    if ours.exists() and not users.exists():  # of an earlier session: go on with it
+    if ours.exists() and not users.exists():  # continue from the table of an earlier session
         users.parent.mkdir(parents=True, exist_ok=True)
-        _copy(ours, users)
+        results.replace_file(users, ours.read_text(encoding="utf-8"))
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes
     chosen = ARITHMETICS[2:] if options.dry_run else ARITHMETICS
@@ -40,7 +38,7 @@ def main() -> int:
         for dtype, part in chosen
         for final_relu, share in ((False, 0.6), (True, 1.0))
     ]
-    products = stretches = faster = done = 0
+    products = chains = faster = done = 0
     try:
         for dtype, part, final_relu, shapes in groups:
             group_ends = time.monotonic() + part * (end - time.monotonic())
@@ -51,27 +49,19 @@ def main() -> int:
                 with cases.arithmetic(dtype):
                     tuned = fusedmlp.tune([shape], cases.DTYPES[dtype], left, final_relu=final_relu)
                 print(tuned, "\n", flush=True)
-                _copy(users, ours)  # after each shape, so that whoever is killed later leaves a table
-                products, stretches = products + len(tuned.products), stretches + len(tuned.stretches)
-                faster += sum(stretch.us < stretch.torch_us for stretch in tuned.stretches)
+                # After each shape, so that a process that is killed later leaves a table.
+                results.replace_file(ours, users.read_text(encoding="utf-8"))
+                products, chains = products + len(tuned.products), chains + len(tuned.stretches)
+                faster += sum(chain.us < chain.torch_us for chain in tuned.stretches)
                 done += not any(" seconds were over" in why for why in tuned.left_out)
     except KeyboardInterrupt:
-        print("interrupted; the shapes before are kept, and the same command goes on")
-    print(
-        f"\n{products} products and {stretches} stretches measured, the kernels faster in {faster} of these"
-    )
+        print("interrupted; finished shapes are kept, repeat the command to continue")
+    print(f"\n{products} products and {chains} chains measured; the kernels are faster in {faster} chains")
     if ours.exists():
         print(f"{ours.name} is ready for kernels/")
     count = sum(len(shapes) for *_, shapes in groups)
     print(f"{done} of {count} shapes done")
     return 0 if done == count else TIME_OVER
-
-
-def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Whole or not at all."""
-    unfinished = target.with_suffix(".unfinished")
-    shutil.copyfile(source, unfinished)
-    os.replace(unfinished, target)
 
 
 def _shapes(final_relu: bool, dry_run: bool) -> list[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""What a first course on neural networks writes. All that is new is where `nn` comes from."""
+"""The first networks of an introductory course. Only the import of `nn` differs from plain PyTorch."""
 
 from types import ModuleType
 
@@ -53,7 +53,7 @@ def as_sequential(nn: ModuleType) -> torch.nn.Module:
 
 
 def train(nn: ModuleType, network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """On 100 random examples, in batches of 4."""
+    """Train on 100 random examples, in batches of 4."""
     data = TensorDataset(torch.randn(100, 4), torch.randn(100, 1))
     loss_function = nn.MSELoss()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
@@ -84,7 +84,7 @@ def straight_line(nn: ModuleType) -> dict[str, torch.Tensor]:
 
 
 def main(nn: ModuleType) -> dict[str, torch.Tensor]:
-    """Every number that the network produced, for the test that compares them with those of torch.nn."""
+    """All numbers that the networks produce; a test compares them with those of torch.nn."""
     torch.manual_seed(0)
     numbers = {**one_layer(nn), **three_neurons(nn), **straight_line(nn)}
     for kind, build in {"class": as_class, "sequential": as_sequential}.items():

@@ -1,8 +1,7 @@
-"""The ladder and the race of train_mnist.py: where each factor of the speed comes from, and where it ends."""
+"""--ladder and --race of train_mnist.py: how much each step speeds up training, and the time to 98 %."""
 
 import argparse
 import json
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -11,27 +10,27 @@ from typing import Any, NamedTuple
 import torch
 from mnist_data import Mnist
 from tqdm import tqdm
-from trainer import Trainer, normalized, say, steps_per_epoch, stop, warm_up
+from trainer import Trainer, normalized, replacing, say, steps_per_epoch, stop, warm_up
 
 import fusedmlp
 
-GOAL = 0.98  # of a race
+GOAL = 0.98  # the test accuracy that a race has to reach
 
 Row = dict[str, Any]
-Keep = Callable[[list[Row]], None]  # writes what there is so far
+Keep = Callable[[list[Row]], None]  # writes the rows so far
 
 
 class Rung(NamedTuple):
     name: str
     trainer: Trainer
     files: Path | None = None
-    starts_at: float = 0.0  # seconds that compiling and capturing took
+    starts_at: float = 0.0  # seconds of compiling and capturing
 
 
 def ladder(args: argparse.Namespace, data: Mnist, keep: Keep = lambda rows: None) -> list[Row]:
-    """Every rung trains from the same parameters on the same batches; the rungs' epochs alternate.
+    """Train every rung from the same parameters on the same batches; the rungs' epochs alternate.
 
-    However it ends, the table shows the rungs that have trained for an epoch at least.
+    Even after an interrupt the table shows the rungs that have trained for at least one epoch.
     """
     images, labels = normalized(data.train_images), data.train_labels
     test_images = normalized(data.test_images)
@@ -47,9 +46,8 @@ def ladder(args: argparse.Namespace, data: Mnist, keep: Keep = lambda rows: None
     rungs: list[Rung] = []
     rows: list[Row] = []
     try:
-        with tqdm(
-            total=args.epochs * len(ways) * steps_per_epoch(args, images), unit="step", leave=False
-        ) as bar:
+        total = args.epochs * len(ways) * steps_per_epoch(args, images)
+        with tqdm(total=total, unit="step", leave=False) as bar:
             for epoch in range(args.epochs):
                 for i in range(len(ways)) if epoch % 2 == 0 else reversed(range(len(ways))):
                     name, options, files = ways[i]
@@ -65,10 +63,11 @@ def ladder(args: argparse.Namespace, data: Mnist, keep: Keep = lambda rows: None
             say(_table(rows))
     first, second, last = (statistics.median(rungs[i].trainer.seconds) for i in (0, 1, 4))
     say(
-        f"From the first row to TrainStep.epoch it is a factor of {first / last:.1f}: {first / second:.1f}"
-        f" by the loader, which plain PyTorch can drop too, and {second / last:.1f} on the same data."
+        f"TrainStep.epoch is {first / last:.1f} times as fast as the first row: {first / second:.1f} times "
+        "by dropping the loader, which plain PyTorch can drop too, and "
+        f"{second / last:.1f} times on the same data."
     )
-    say("first: a few steps on a network thrown away, with what they compile or capture; in no other column.")
+    say("first: seconds of a few steps that compile or capture, with another network; in no other column.")
     batch, targets = images[: args.batch_size], labels[: args.batch_size]
     say(f"TrainStep: {rungs[4].trainer.step.explain(batch, targets)}")
     return rows
@@ -90,7 +89,7 @@ def _table(rows: list[Row]) -> str:
     lines = [f"{'':27}{'s/epoch':>8} {'[min, max]':>16}{'accuracy':>10}{'speed-up':>10}{'first':>8}"]
     for number, row in enumerate(rows):
         if number == 5:
-            lines.append("beside it, on the preloaded data:")
+            lines.append("for comparison, on the preloaded data:")
         band = f"[{min(row['seconds']):.3f}, {max(row['seconds']):.3f}]"
         first = f"{row['first_steps']:.2f}" if row["first_steps"] else "-"
         lines.append(
@@ -101,20 +100,16 @@ def _table(rows: list[Row]) -> str:
 
 
 def race(args: argparse.Namespace, data: Mnist, keep: Keep = lambda rows: None) -> list[Row]:
-    """The whole schedule, once for each seed; what it took, and whether the goal was reached."""
-    images, labels, test_images = (
-        normalized(data.train_images),
-        data.train_labels,
-        normalized(data.test_images),
-    )
+    """Train with each seed: the time, and whether the test accuracy reaches the goal."""
+    images, labels = normalized(data.train_images), data.train_labels
+    test_images = normalized(data.test_images)
     first = warm_up(Trainer(fusedmlp.nn, args, args.mode), images, labels)
     seed, rows = args.seed, list[Row]()
     try:
-        with tqdm(
-            total=args.seeds * args.epochs * steps_per_epoch(args, images), unit="step", leave=False
-        ) as bar:
+        total = args.seeds * args.epochs * steps_per_epoch(args, images)
+        with tqdm(total=total, unit="step", leave=False) as bar:
             for number in range(args.seeds):
-                args.seed = seed + 1000 * number  # the shuffles of an epoch take the numbers in between
+                args.seed = seed + 1000 * number  # the epochs' shuffles use the numbers in between
                 trainer = Trainer(fusedmlp.nn, args, args.mode)
                 bar.set_description(f"seed {args.seed}")
                 for _ in range(args.epochs):
@@ -126,7 +121,7 @@ def race(args: argparse.Namespace, data: Mnist, keep: Keep = lambda rows: None) 
         args.seed = seed
         if rows:
             say(_outcome(args, rows))
-    say(f"not counted: {first:.3f} s of first steps with what they compile or capture, data, and the test")
+    say(f"not counted: {first:.3f} s of first steps that compile or capture, loading data, and the test")
     if statistics.median(row["accuracy"] for row in rows) < GOAL:
         stop(f"The median test accuracy is below the goal of {GOAL:.0%}.")
     return rows
@@ -135,9 +130,8 @@ def race(args: argparse.Namespace, data: Mnist, keep: Keep = lambda rows: None) 
 def _outcome(args: argparse.Namespace, rows: list[Row]) -> str:
     seconds, accuracies = ([row[key] for row in rows] for key in ("seconds", "accuracy"))
     reached = sum(accuracy >= GOAL for accuracy in accuracies)
-    lines = [
-        f"training of {args.epochs} epochs, n = {len(rows)}; reached {GOAL:.0%}: {reached} of {len(rows)}"
-    ]
+    count = len(rows)
+    lines = [f"training of {args.epochs} epochs, n = {count}; reached {GOAL:.0%}: {reached} of {count}"]
     for name, values, form in (("seconds", seconds, ".3f"), ("test accuracy", accuracies, ".2%")):
         middle, low, high = (format(f(values), form) for f in (statistics.median, min, max))
         lines.append(f"{name:14} median {middle}, from {low} to {high}")
@@ -145,16 +139,11 @@ def _outcome(args: argparse.Namespace, rows: list[Row]) -> str:
 
 
 def log(path: Path, header: str, args: argparse.Namespace, rows: list[Row]) -> None:
-    """What ran, with everything that it was told, and what came out: the whole file, or the one before."""
+    """Write the settings and the results."""
     settings = {
         name: value if isinstance(value, (int, float, list)) or value is None else str(value)
         for name, value in vars(args).items()
     }
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(
-            json.dumps({"ran_on": header, "settings": settings, "results": rows}, indent=1) + "\n"
-        )
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    content = {"ran_on": header, "settings": settings, "results": rows}
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""MNIST as tensors, from the archive in `data/`: no network needed, nothing unpacked twice."""
+"""MNIST as tensors, from the archive in `data/`. It needs no network, and unpacks only once."""
 
 import hashlib
 import os
@@ -32,9 +32,9 @@ class Mnist(NamedTuple):
 def load_mnist(
     data_dir: Path = DEFAULT_DATA_DIR, device: torch.device | str = "cpu", archive: Path = ARCHIVE
 ) -> Mnist:
-    """The whole data set on `device`; `archive` is unpacked into `data_dir`/MNIST/raw unless it is there."""
+    """The whole data set on `device`. `archive` is unpacked into `data_dir`/MNIST/raw, if it is not there."""
     raw = data_dir / "MNIST" / "raw"
-    # Hashing 55 MB takes a tenth of a second, and no file that was left half-written is ever trusted.
+    # Hashing 55 MB takes a tenth of a second, and finds files that are damaged or half-written.
     if not all(_sha256(raw / name) == digest for name, digest in FILES_SHA256.items()):
         try:
             _fill(raw, data_dir, archive)
@@ -53,7 +53,7 @@ def load_mnist(
 
 def _fill(raw: Path, data_dir: Path, archive: Path) -> None:
     raw.mkdir(parents=True, exist_ok=True)
-    # Each process fills a folder of its own, then moves whole files: several may start at once (torchrun).
+    # Several processes may start at once (torchrun): each fills its own folder, then moves whole files.
     with tempfile.TemporaryDirectory(prefix="unpacking-", dir=data_dir) as temporary:
         fresh = Path(temporary)
         if archive.exists():
@@ -80,7 +80,7 @@ def _download(folder: Path, raw: Path, archive: Path) -> Path:
     except (RuntimeError, OSError, HTTPException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[-1]
         raise SystemExit(
-            f"MNIST is neither in {archive} nor can it be downloaded ({reason}): restore that archive with "
+            f"{archive} is missing, and MNIST cannot be downloaded ({reason}): restore the archive with "
             f"`git checkout`, or put the four idx files into {raw}, or connect to the network."
         ) from None
 

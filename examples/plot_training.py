@@ -1,9 +1,9 @@
-"""The picture of train_mnist.py: the loss curves, and test digits with what the network read in them."""
+"""--plot of train_mnist.py: loss curves, and test digits with the network's answers."""
 
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure  # without pyplot: nothing here needs a display
+from matplotlib.figure import Figure  # pyplot is not needed, because nothing is shown on a display
 
 ROWS, COLUMNS = 6, 8
 MISTAKES = 16

@@ -1,10 +1,10 @@
 """Train one network on MNIST twice, with torch.nn and with fusedmlp.nn, and compare speed and accuracy.
 
-Both start from the same parameters and see the same batches in the same order, preloaded. torch trains in the
-loop that everybody writes, fusedmlp by TrainStep.epoch unless --mode says less. Their epochs alternate, so
-that whatever else the machine is doing slows both alike, and the table reports the median epoch.
+Both start from the same parameters and see the same preloaded batches in the same order. torch trains in a
+plain loop, fusedmlp with TrainStep.epoch (--mode changes that). Their epochs alternate, so other work on the
+machine slows both alike, and the table shows the median epoch.
 
---ladder shows where each factor comes from, from a DataLoader of pictures on; --race trains to 98 %.
+--ladder times each step from a DataLoader of pictures to TrainStep.epoch; --race trains to 98 %.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from ladder import ladder, log, race
 from mnist_data import load_mnist
 from tqdm import tqdm
 from train_mnist_options import parse_arguments
-from trainer import Trainer, is_first, normalized, say, steps_per_epoch, stop, warm_up
+from trainer import Trainer, is_first, normalized, replacing, say, steps_per_epoch, stop, warm_up
 
 import fusedmlp
 from fusedmlp.functional import why_not_fused
@@ -34,13 +34,13 @@ ACCURACY_BAR = 0.97
 
 def train(args: argparse.Namespace) -> int:
     if args.plot:
-        from plot_training import plot  # before the training: a missing matplotlib shall not cost a result
+        from plot_training import plot  # before the training, so a missing matplotlib is noticed at once
 
     data = load_mnist(args.data_dir, args.device)
     header = environment(args)
     say(header)
     if args.dtype is torch.bfloat16 and not has_bfloat16(args.device):
-        say("This CPU has no bfloat16 units: TrainStep computes in float32, a plain loop slowly in bf16.")
+        say("This CPU has no bfloat16 units: TrainStep computes in float32, a plain loop is slow in bf16.")
     if args.ladder or args.race:
 
         def keep(rows: list[dict[str, Any]]) -> None:
@@ -94,7 +94,7 @@ def table(trainers: dict[str, Trainer], accuracies: dict[str, float], samples: i
 
 
 def what_ran(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> str:
-    """How the fused network was trained: TrainStep's route, or which layers ran kernels, and why."""
+    """How the fusedmlp network was trained: TrainStep's route, or which layers ran kernels, and why."""
     size = trainer.args.batch_size
     if trainer.mode != "module":
         what = {"step": "TrainStep", "epoch": "TrainStep.epoch"}[trainer.mode]
@@ -107,13 +107,13 @@ def what_ran(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> st
             x = layer.weight.new_empty(rows, layer.in_features)
             reasons.append(why_not_fused(x, layer.weight, layer.bias, relu=layer is not layers[-1]))
     kernels = reasons.count(None)
-    others = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
+    others = " ".join(dict.fromkeys(reason for reason in reasons if reason))
     said = f"fusedmlp ran its Triton kernels in {kernels} of {len(layers)} layers"
-    return f"{said}, PyTorch's own operators in the rest: {others}" if others else said
+    return f"{said}, PyTorch's own operators in the rest. {others}" if others else said
 
 
 def environment(args: argparse.Namespace) -> str:
-    """What this runs on, for whoever reads the figures later."""
+    """The device and the versions, as the first line of the output."""
     count, chose = torch.get_num_threads(), "chosen by --threads" if args.threads else "PyTorch's choice"
     device = f"CPU with {count} thread{'s' if count > 1 else ''} ({chose})"
     if args.device.type == "cuda":
@@ -131,12 +131,8 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def save(network: torch.nn.Module, path: Path) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")  # killed here, it leaves the old file whole
-    try:
+    with replacing(path) as unfinished:
         torch.save(network.state_dict(), unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_torchelastic_launched():
             if args.ladder or args.race:
                 raise SystemExit("--ladder and --race run in one process: start them without torchrun.")
-            args.mode = "module"  # TrainStep knows nothing of other processes
+            args.mode = "module"  # TrainStep does not support several processes
             if args.device.type == "cuda":
                 args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")

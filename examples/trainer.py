@@ -1,11 +1,13 @@
-"""One network that learns to read digits, in one of several ways, and what was measured while it did."""
+"""Trainer: one network that learns MNIST in one of several ways, with its losses and times."""
 
 import argparse
+import contextlib
 import math
+import os
 import textwrap
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -22,11 +24,11 @@ from tqdm import tqdm
 import fusedmlp
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels
+MEAN, STD = 0.1307, 0.3081  # mean and standard deviation of MNIST's pixels
 
 
 def build(nn: ModuleType, hidden: list[int]) -> torch.nn.Sequential:
-    """The network. Which `nn` builds it is the only difference between the two."""
+    """The network, from the layers of torch.nn or of fusedmlp.nn."""
     layers: list[torch.nn.Module] = []
     for inputs, outputs in zip([784, *hidden], hidden, strict=False):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
@@ -35,7 +37,7 @@ def build(nn: ModuleType, hidden: list[int]) -> torch.nn.Sequential:
 
 
 class Trainer:
-    """mode: "module", a loop as everybody writes it; "step", TrainStep in it; "epoch", TrainStep.epoch."""
+    """mode: "module" trains in a plain loop, "step" with TrainStep in it, "epoch" with TrainStep.epoch."""
 
     def __init__(
         self,
@@ -50,8 +52,8 @@ class Trainer:
         self.network = build(nn, args.hidden)
         if args.load:
             load(args.load, self.network)
-        # The parameters that the optimizer changes stay float32 whatever the products are computed in: in
-        # bfloat16 or float16 an update would often be smaller than half a rounding step, and vanish.
+        # Parameters stay float32 even if products are computed in bfloat16 or float16: in these an update
+        # is often smaller than half a rounding step, and would be lost.
         self.network.to(args.device)
         self.model: torch.nn.Module = self.network
         self.rank, self.processes = 0, 1
@@ -59,7 +61,7 @@ class Trainer:
             self.model = DistributedDataParallel(self.network)
             self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         if compiled:
-            how = "reduce-overhead" if args.device.type == "cuda" else "default"  # that is, CUDA graphs
+            how = "reduce-overhead" if args.device.type == "cuda" else "default"  # uses CUDA graphs or not
             self.model = torch.compile(self.network, mode=how)  # type: ignore[assignment]
         options = {"fused": True} if fused_optimizer else {}
         self.optimizer = OPTIMIZERS[args.optimizer](self.network.parameters(), lr=args.lr, **options)
@@ -72,18 +74,14 @@ class Trainer:
         self.seconds: list[float] = []
 
     def train_epoch(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        bar: "tqdm[NoReturn]",
-        files: Path | None = None,
+        self, images: torch.Tensor, labels: torch.Tensor, bar: "tqdm[NoReturn]", files: Path | None = None
     ) -> None:
-        """On rows of images, or with files on what a DataLoader reads there: the same in the same order."""
+        """Train on preloaded images or, if ``files`` is given, on the same images from a DataLoader."""
         start = self._clock()
         generator = torch.Generator(images.device).manual_seed(self.args.seed + len(self.seconds))
         if self.mode == "epoch":
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # of a loss that is not finite: see below
+                warnings.simplefilter("ignore", RuntimeWarning)  # a loss that is not finite is checked below
                 means = self.step.epoch(images, labels, self.args.batch_size, generator)
             bar.update(len(means))
         else:
@@ -94,12 +92,10 @@ class Trainer:
                 losses.append(self.step(x, y) if self.mode == "step" else self._plain_step(x, y, share))
                 bar.update()
             means = torch.stack(losses) / self.processes
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
         self.seconds.append(self._clock() - start)
         self.schedule.step()
 
-        # Looked at once per epoch: reading a loss makes the CPU wait for the GPU.
+        # Losses are read once per epoch, because reading one makes the CPU wait for the GPU.
         if dist.is_initialized():
             dist.all_reduce(means)
         self.losses += means.tolist()
@@ -114,8 +110,8 @@ class Trainer:
     ) -> Iterable[tuple[torch.Tensor, torch.Tensor, float]]:
         for batch in order.split(self.args.batch_size):
             mine = batch.tensor_split(self.processes)[self.rank]
-            # DistributedDataParallel averages over the processes. Scaled like this, that is the mean over the
-            # whole batch, also where the processes' shares of it differ in length.
+            # DistributedDataParallel averages over the processes. This scale makes it the mean over the whole
+            # batch, even if the processes' shares differ in length.
             yield images[mine], labels[mine], self.processes / len(batch)
 
     def _loaded(self, files: Path, order: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor, float]]:
@@ -153,7 +149,7 @@ class Trainer:
 
 
 def warm_up(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor, files: Path | None = None) -> float:
-    """Compile and capture, on a network that is thrown away, with both lengths of batch; the seconds."""
+    """Compile and capture for both batch sizes, with a trainer that is not used again; the seconds."""
     size = trainer.args.batch_size
     some = min(len(images), 3 * size + len(images) % size)
     if files is None:
@@ -170,12 +166,23 @@ def steps_per_epoch(args: argparse.Namespace, images: torch.Tensor) -> int:
     return steps
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which then replaces ``path``. A killed process leaves the old file whole."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def load(path: Path, network: torch.nn.Module) -> None:
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError as error:
         stop(f"{path} cannot be read: {error.strerror}.")
-    except Exception as error:  # torch.load raises whatever the bytes of a damaged file lead it to
+    except Exception as error:  # torch.load raises all kinds of errors for a damaged file
         stop(f"{path} is not a checkpoint of a network with these --hidden widths ({type(error).__name__}).")
 
 

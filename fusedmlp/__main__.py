@@ -1,4 +1,4 @@
-"""What is here, what runs for a given MLP and why, and is it right: ``python -m fusedmlp``."""
+"""``python -m fusedmlp``: show what is installed, what runs for an MLP and why, and how accurate it is."""
 
 import argparse
 import contextlib
@@ -7,41 +7,33 @@ import importlib.metadata
 import pathlib
 import platform
 import re
-import textwrap
 
 import torch
+from torch.nn.functional import mse_loss
 
 import fusedmlp
 from fusedmlp import nn
-from fusedmlp.dispatch import predicate
 from fusedmlp.functional import why_not_fused
 from fusedmlp.inspection import problem_report
+from fusedmlp.torch_tools import text
 from fusedmlp.torch_tools.accuracy import compare
 from fusedmlp.tuning import tune
 
-STEPS = 6  # on a GPU other models than MLPs are captured in a CUDA graph at the fourth
+STEPS = 6  # on a GPU the fourth step of a model that is no MLP is captured in a CUDA graph
 
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+SHORT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = SHORT | {str(dtype).removeprefix("torch."): dtype for dtype in SHORT.values()}
 
 
 def versions() -> str:
-    triton = importlib.metadata.version("triton") if predicate.has_triton() else "absent"
-    return (
-        f"fusedmlp {fusedmlp.__version__}, torch {torch.__version__}, triton {triton}, "
-        f"Python {platform.python_version()}"
-    )
+    found = [f"fusedmlp {fusedmlp.__version__}", f"torch {torch.__version__}"]
+    for name in ("triton", "numpy", "torchvision", "platformdirs"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join([*found, f"Python {platform.python_version()}"])
 
 
 def devices() -> str:
-    if not torch.cuda.is_available():
-        return f"no CUDA device; CPU with {torch.get_num_threads()} threads for torch"
     lines = []
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
@@ -49,43 +41,44 @@ def devices() -> str:
             f"cuda:{i} {card.name}, compute capability {card.major}.{card.minor}, "
             f"{card.multi_processor_count} multiprocessors, {card.total_memory / 2**30:.0f} GiB"
         )
-    return "\n".join(lines)
+    return "\n".join(lines) or f"no CUDA device; CPU with {torch.get_num_threads()} threads for torch"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fusedmlp",
-        description="Say what is installed; which path runs for an MLP of the given widths, and why; and "
-        "whether its output and gradients are right against float64, on the Triton kernels wherever they can "
-        "run, else on PyTorch's operators; and whether TrainStep trains it as PyTorch's loop does. The exit "
-        "status is 0 if all of it is right, 1 if not.",
-        epilog="example: python -m fusedmlp --mlp 784,256,128,10 --batch 512 --dtype bf16. Without a GPU, "
-        "TRITON_INTERPRET=1 runs the kernels in Triton's interpreter: take small widths, it is slow.",
+        description="Build an MLP of the given widths and print, for random input: the installed versions "
+        "and GPUs; whether the MLP runs on the Triton kernels or on PyTorch's operators, and why; the error "
+        "of its output and gradients against float64, beside PyTorch's own error; and whether TrainStep "
+        "trains it as an ordinary PyTorch loop does. The exit status is 0 if all is accurate, otherwise 1.",
+        epilog="Example: python -m fusedmlp --mlp 784,256,128,10 --batch 512 --dtype bf16. Without a GPU, "
+        "TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, which is slow: choose small widths.",
     )
     parser.add_argument(
         "--mlp",
         nargs="+",
         default=["784,256,128,10"],
         metavar="WIDTHS",
-        help="in, hidden ..., out, with commas or spaces between (default: 784,256,128,10)",
+        help="features of the input, of each hidden layer and of the output, separated by commas or spaces "
+        "(default: 784,256,128,10)",
     )
     parser.add_argument("--batch", type=int, default=128, help="rows of the input (default: %(default)s)")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        default="float32",
+        default="fp32",
         metavar="DTYPE",
-        help="fp32, bf16 or fp16 (default: fp32)",
+        help="fp32, bf16 or fp16 (default: %(default)s)",
     )
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--device", help="for example cuda:1 (default: cuda if there is a GPU, else cpu)")
     parser.add_argument(
         "--report",
         type=pathlib.Path,
         metavar="FILE",
-        help="write all of it to FILE, with versions, driver, settings and the traceback of whatever fails: "
-        "what to attach where you report a problem",
+        help="also write everything to FILE, with the driver, the settings and the traceback of an error: "
+        "attach this file to a bug report",
     )
-    subparsers = parser.add_subparsers(title="or", metavar="tune")
+    subparsers = parser.add_subparsers(title="other commands", metavar="tune")
     tune.add_parser(subparsers, DTYPES)
     options = parser.parse_args()
     if "run" in options:
@@ -99,11 +92,9 @@ def main() -> int:
     dtype = DTYPES[options.dtype]
     try:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        probe = torch.ones(1, 1, device=device, dtype=dtype)
-        probe.cpu()  # whether there is such a device, and it holds numbers
+        torch.ones(1, device=device, dtype=dtype).cpu()  # raises if there is no such device, or it is "meta"
     except (RuntimeError, AssertionError, NotImplementedError) as refusal:
         parser.error(f"--device {options.device} cannot be used: {str(refusal).splitlines()[0]}")
-
     if options.report is None:
         return check(widths, options.batch, device, dtype)
     try:
@@ -113,57 +104,54 @@ def main() -> int:
 
 
 def check(widths: list[int], batch: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Print what is here, what runs for this MLP and whether it is right; 0 if it is, else 1."""
-    print(versions())
-    print(devices())
-    print()
+    """Print what is installed, what runs for this MLP, and whether it is accurate: 0 if it is, else 1."""
+    print(f"{versions()}\n{devices()}\n")
     torch.manual_seed(0)
     model = nn.MLP(widths[0], widths[1:-1], widths[-1], device=device, dtype=dtype)
     x = torch.randn(batch, widths[0], device=device, dtype=dtype)
     print(fusedmlp.explain(model, x))
     with fusedmlp.backend("triton"):
         possible = why_not_fused(x[:1, :1], x[:1, :1]) is None
-    where = "on the Triton kernels" if possible else "on PyTorch's operators, as the kernels cannot run here"
-    print(f"\nIs it right {where}?\n")
+    where = "the Triton kernels" if possible else "PyTorch's operators, as the kernels cannot run here"
+    print(f"\nAre its results accurate on {where}?\n")
     with fusedmlp.backend("triton") if possible else contextlib.nullcontext():
         if not fusedmlp.verify(model, x):
             return 1
-    print("\nAnd trained by TrainStep?\n")
+    print("\nDoes TrainStep train it accurately?\n")
     return 0 if trains(model, x) else 1
 
 
 def trains(model: nn.MLP, x: torch.Tensor) -> bool:
-    """Train copies of the model by TrainStep and by PyTorch's loop, and print whether the losses agree."""
+    """Train copies with TrainStep and with loops in x's dtype and in float64, and compare the losses."""
     y = torch.randn_like(model(x).detach())
-    losses, how = [], ""
-    for dtype, by_step in ((x.dtype, True), (x.dtype, False), (torch.float64, False)):
-        copied = copy.deepcopy(model).to(dtype)
-        optimizer = torch.optim.SGD(copied.parameters(), lr=0.01, momentum=0.9)
-        step = fusedmlp.TrainStep(copied, torch.nn.functional.mse_loss, optimizer)
-        if by_step:
-            each = [step(x, y) for _ in range(STEPS)]
-            how = step.explain(x, y)
-        else:
-            with fusedmlp.backend("torch"):
-                each = [_loop(copied, optimizer, x.to(dtype), y.to(dtype)) for _ in range(STEPS)]
-        losses.append(torch.stack(each))
-    ours, torchs, exact = losses
+    copied = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(copied.parameters(), lr=0.01, momentum=0.9)
+    step = fusedmlp.TrainStep(copied, mse_loss, optimizer)
+    ours = torch.stack([step(x, y) for _ in range(STEPS)])
+    with fusedmlp.backend("torch"):
+        torchs, exact = (_losses_of_loop(model, x, y, dtype) for dtype in (x.dtype, torch.float64))
     found = compare(ours, torchs, exact, floor=8 * torch.finfo(x.dtype).eps)
     verdict = "right" if found.problem is None else f"WRONG, {found.problem}"
-    errors = f"{found.errors[0]:.2g} off float64's, PyTorch's loop's {found.torchs_errors[0]:.2g}"
-    for line in (f"{verdict}: the losses of {STEPS} steps are at most {errors}.", *how.splitlines()):
-        print(textwrap.fill(line, 80))
+    errors = f"{found.errors[0]:.2g} from float64's, those of PyTorch's loop {found.torchs_errors[0]:.2g}"
+    print(text.paragraph(f"{verdict}: the losses of {STEPS} steps differ by at most {errors}."))
+    for line in step.explain(x, y).splitlines():
+        print(text.paragraph(line))
     return found.problem is None
 
 
-def _loop(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor
+def _losses_of_loop(
+    model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    optimizer.zero_grad()
-    loss = torch.nn.functional.mse_loss(model(x), y)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+    """The losses of an ordinary training loop on a copy in this dtype."""
+    model, x, y = copy.deepcopy(model).to(dtype), x.to(dtype), y.to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        losses.append(mse_loss(model(x), y))
+        losses[-1].backward()
+        optimizer.step()
+    return torch.stack(losses).detach()
 
 
 if __name__ == "__main__":

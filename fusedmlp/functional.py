@@ -5,20 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from fusedmlp.dispatch import onednn, reference
+from fusedmlp.dispatch import onednn
+from fusedmlp.dispatch.autocast import autocast_dtype, dtype_after_cast
 from fusedmlp.dispatch.autograd_function import fused_mlp
-from fusedmlp.dispatch.backend_choice import forced, quiet
-from fusedmlp.dispatch.predicate import (
-    autocast_dtype,
-    cast,
-    dtype_after_cast,
-    record,
-    surely_too_little,
-    surely_unfused,
-    why_not_fused,
-    why_not_fused_mlp,
-)
-from fusedmlp.torch_tools.patched import why_patched
+from fusedmlp.dispatch.backend_choice import chosen, forced
+from fusedmlp.dispatch.predicate import choose_kernels, why_not_fused, why_not_fused_mlp
 
 __all__ = ["linear", "linear_relu", "mlp", "why_not_fused", "why_not_fused_mlp"]
 
@@ -33,12 +24,10 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     torch.Size([8, 2])
     """
     try:
-        # Without a ReLU there is nothing to fuse: why_not_fused says so of every call that is not forced.
-        if quiet():
-            if onednn.off() or not surely_unfused(input) or onednn.too_small(input):
-                return F.linear(input, weight, bias)
+        # Without a ReLU there is nothing to fuse, so the kernels run only if a backend is forced.
+        if chosen.quiet or not choose_kernels(input, (weight,), (bias,), False):
             return onednn.linear_forward(input, weight, bias, False)
-        return _fused_or_reason(input, [weight], [bias], False)
+        return fused_mlp(input, (weight,), (bias,), False)
     except RuntimeError as error:
         _raise_clearer(error, input, weight, bias)
         raise
@@ -53,9 +42,9 @@ def linear_relu(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     tensor(True)
     """
     try:
-        if surely_unfused(input) or surely_too_little(input, (weight,)):
-            return onednn.linear_forward(input, weight, bias, True)
-        return _fused_or_reason(input, [weight], [bias], True)
+        if choose_kernels(input, (weight,), (bias,), True):
+            return fused_mlp(input, (weight,), (bias,), True)
+        return onednn.linear_forward(input, weight, bias, True)
     except RuntimeError as error:
         _raise_clearer(error, input, weight, bias)
         raise
@@ -92,71 +81,15 @@ def mlp(
             f"got {len(weights)} weights and {len(biases)} biases"
         )
     try:
-        if surely_unfused(x) or surely_too_little(x, weights):
-            return _plain(x, weights, biases, final_relu)
-        return _fused_or_reason(x, weights, biases, final_relu)
+        if choose_kernels(x, weights, biases, final_relu):
+            return fused_mlp(x, weights, biases, final_relu)
+        return onednn.mlp_forward(x, weights, biases, final_relu)
     except RuntimeError as error:
         shape = tuple(x.shape)
         for weight, bias in zip(weights, biases, strict=True):
             _raise_clearer(error, x, weight, bias, shape)
-            shape = (
-                *shape[:-1],
-                *weight.shape[:1],
-            )  # this layer was right: the shape of the next one's input
+            shape = (*shape[:-1], *weight.shape[:1])  # no mistake in this layer: the next one's input
         raise
-
-
-def _fused_or_reason(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    final_relu: bool,
-) -> torch.Tensor:
-    reason = why_not_fused_mlp(x, weights, biases, final_relu=final_relu)
-    if not torch.compiler.is_compiling():
-        record(x, weights, biases, final_relu, reason)
-    if reason is not None and forced():
-        _refuse(reason, x, weights, biases)
-    if reason is None:
-        dtype = autocast_dtype(x.device.type)
-        if dtype is not None:  # as autocast itself, operator by operator: outside of what is differentiated
-            x, weights = cast(x, dtype), [cast(weight, dtype) for weight in weights]
-            biases = [None if bias is None else cast(bias, dtype) for bias in biases]
-        return fused_mlp(x, weights, biases, final_relu)
-    return _plain(x, weights, biases, final_relu)
-
-
-def _plain(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    final_relu: bool,
-) -> torch.Tensor:
-    """By PyTorch's operators."""
-    last = len(weights) - 1
-    if onednn.off():
-        return reference.mlp_forward(x, weights, biases, final_relu, last)[0]
-    for i, weight in enumerate(weights):
-        x = onednn.linear_forward(x, weight, biases[i], final_relu or i < last)
-    return x
-
-
-def say_patched(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool) -> None:
-    """Tell who records, or insists on the kernels, that a layer runs a function which replaced torch's."""
-    if not quiet():
-        reason = why_patched() or "a function of torch was replaced"
-        record(x, [weight], [bias], relu, reason)
-        if forced():
-            _refuse(reason, x, [weight], [bias])
-
-
-def _refuse(
-    reason: str, x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
-) -> None:
-    tensors = (x, *weights, *(bias for bias in biases if bias is not None))
-    if all(isinstance(tensor, torch.Tensor) for tensor in tensors):  # else torch has a TypeError to raise
-        auto = "backend('auto') leaves it to PyTorch's operators"
-        raise RuntimeError(f"backend('triton') is in force, but {reason}; {auto}")
 
 
 def _raise_clearer(
@@ -166,15 +99,15 @@ def _raise_clearer(
     bias: torch.Tensor | None,
     shape: tuple[int, ...] | None = None,
 ) -> None:
-    """Raise the same type of error with the caller's mistake in words, if there is one and it is not said.
+    """Raise the same type of error with the caller's mistake in words, if there is one that it does not name.
 
-    torch's own sentence stays in the message: code and tests that match on it go on working.
+    torch's own sentence stays in the message, so that code and tests that match on it go on working.
     """
     if type(error) is not RuntimeError or torch.compiler.is_compiling():  # out of memory, for one
         return
     problem = _mistake(input, weight, bias, shape)
     sentence: str | None = str(error)
-    if forced():  # which refused before torch was asked
+    if forced():  # the error is our refusal: torch has not been asked yet
         sentence = _torchs_sentence(input, weight, bias, shape)
         if problem is None and sentence is not None:
             problem = str(error)
@@ -186,7 +119,7 @@ def _raise_clearer(
 def _torchs_sentence(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: tuple[int, ...] | None
 ) -> str | None:
-    """What torch raises for this layer, or None if it takes it."""
+    """What torch raises for this layer, or None if it accepts it."""
     try:
         with torch.no_grad():
             F.linear(input if shape is None else input.new_empty(shape), weight, bias)
@@ -198,9 +131,9 @@ def _torchs_sentence(
 def _mistake(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: tuple[int, ...] | None
 ) -> str | None:
-    """The caller's mistake in words, if there is one; only asked once torch has refused.
+    """The caller's mistake in words, if there is one; asked only after an error.
 
-    shape: what goes into this layer has this shape, and device and dtype of ``input``.
+    shape: of this layer's input, if that is not ``input`` itself but computed from it.
     """
     tensors = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
     if any(type(t) not in (torch.Tensor, torch.nn.Parameter) or t.is_nested for t in tensors.values()):
@@ -208,7 +141,7 @@ def _mistake(
     shape = tuple(input.shape) if shape is None else shape
     shapes = f"input {shape}, weight {tuple(weight.shape)}"
     shapes += "" if bias is None else f", bias {tuple(bias.shape)}"
-    strict = forced()  # then it may be that torch has not refused
+    strict = forced()  # then torch may well accept these tensors
     if weight.dim() != 2:
         needed = "linear needs a weight of shape (out_features, in_features)"
         return None if strict else f"{needed}, got {shapes}"
@@ -217,7 +150,7 @@ def _mistake(
         return f"linear with in_features={K} needs an input of shape (..., {K}), got {shapes}"
     N = weight.shape[0]
     wrong_bias = f"linear with out_features={N} needs a bias of shape ({N},), got {shapes}"
-    # torch takes a bias of one number as well, and one of more dimensions if they fit the input's.
+    # torch accepts a bias of one number as well, and one of more dimensions if they fit the input's.
     if bias is not None and bias.numel() != 1 and bias.shape[-1:] != (N,):
         return wrong_bias
     if len({tensor.device for tensor in tensors.values()}) > 1:

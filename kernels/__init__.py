@@ -1,14 +1,18 @@
 """Triton kernels for Linear and Linear+ReLU, and their launchers. Installed as ``fusedmlp.kernels``.
 
-Convention: ``x (M, K)``, ``weight (N, K)``, ``bias (N,)``, ``y (M, N)``; M rows (batch), K in features,
-N out features. A launcher checks nothing: ``fusedmlp.dispatch.predicate`` decides what may come here.
+Shapes: ``x (M, K)``, ``weight (N, K)``, ``bias (N,)``, ``y (M, N)``; M is the number of rows (batch), K of
+input features, N of output features. Launchers do not check their arguments: ``fusedmlp.dispatch.predicate``
+has done that.
+
+The formulas are at the head of four places: layer/ (one layer), chain.py (a chain of layers), narrow/ (a
+chain of narrow layers in one launch) and train_step/ (a training step in two launches).
 """
 
 if __name__ == "kernels":
-    # Python runs in the checkout, and somebody looks for the distribution of this name, as transformers does.
-    # What is found is empty, and too old for any use.
+    # Python runs in the checkout, and another package, such as transformers, looks for the distribution of
+    # this name. It finds an empty module with a version that is too old to use.
     __version__ = "0.0.0"
-    del __path__  # "import kernels.step" would load a second copy
+    del __path__  # otherwise "import kernels.chain" would load a second copy
 
     def __getattr__(name: str) -> str:
         raise AttributeError(
@@ -20,7 +24,7 @@ if __name__ == "kernels":
 else:
     from .chain import mlp_backward, mlp_forward
     from .launch import KernelFailed, arithmetic, dry_run, interpreting
-    from .train_step import step
+    from .train_step import optimizers, step
     from .tuning_table import table_of
 
     __all__ = [
@@ -30,6 +34,7 @@ else:
         "interpreting",
         "mlp_backward",
         "mlp_forward",
+        "optimizers",
         "step",
         "table_of",
     ]

@@ -1,17 +1,23 @@
 """A chain of layers, Linear, ReLU, Linear, ..., forward and backward: which kernels run, in which order.
 
-Narrow layers go all in one launch where that is better, see narrow.select_form and narrow.wins.
+With ``h[0] = x (M, K)``, and for layer i weight ``W[i] (N, K)`` and bias ``b[i] (N,)``:
 
-No pass over the activations is left: the forward's bias and ReLU and the backward's mask and bias gradient
-are computed in the products, but for the ReLU after the last layer, whose gradient comes from outside, and
-for a copy of what a caller brought with other than contiguous rows.
+    forward     h[i + 1] = relu(h[i] @ W[i].T + b[i])    the last layer without ReLU, unless final_relu
+    backward    grad_z[i - 1] = grad_z[i] @ W[i] where h[i] > 0, else 0
+                grad_W[i] = grad_z[i].T @ h[i],   grad_b[i] = grad_z[i].sum(0),   grad_x = grad_z[0] @ W[0]
+
+Launches, if each layer has its own (layer/): one for each layer's forward; one for each grad_z, together with
+the mask and grad_b; one for all grad_W; one that adds partial sums. So there is no separate pass over the
+activations, except for a final ReLU and for a copy of tensors whose rows are not contiguous. Narrow layers
+(narrow/) instead have one launch for the whole forward and one for all grad_z, where that is faster: see
+narrow.forward.select_form and wins.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from .launch import Setting, is_aligned, is_regular, setting_of
+from .launch import Setting, is_aligned, is_aligned_tensor, setting_of
 from .layer.forward import linear_forward
 from .layer.grad_input import grad_input
 from .layer.grad_weight import Layer, grad_weights
@@ -20,9 +26,12 @@ from .narrow.backward import narrow_backward
 from .narrow.forward import narrow_forward
 from .partial_sums import Sums, add_up
 
-# So many multiplications take tens of microseconds on the fastest chips. One launch for all layers saves
-# launches where they are short; where they are long it would only keep every layer's grad_z in memory.
+# After this many multiplications, weight gradients are launched without waiting for more layers. They take
+# tens of microseconds on the fastest chips, so a saved launch no longer matters, but waiting would keep every
+# layer's grad_z in memory.
 ENOUGH = 2**33
+
+Grads = list[torch.Tensor | None]
 
 
 def mlp_forward(
@@ -33,11 +42,13 @@ def mlp_forward(
     keep: int,
     forced: bool = False,
 ) -> list[torch.Tensor]:
-    """``x (M, K)`` through each ``weight (N, K)``, ReLU between them and, if ``final_relu``, after the last.
+    """``x (M, K)`` through each ``weight (N, K)``, with ReLU between them and, if ``final_relu``, at the end.
 
-    The outputs ``(M, N)``, contiguous, of the layers from number ``keep`` on: backward needs those, inference
-    only the last. Dtypes and strides as in linear_forward. Products for which PyTorch's operator was measured
-    to be faster run on that, unless ``forced``.
+    Returns the outputs ``(M, N)``, contiguous, of the layers from number ``keep`` on: backward needs those,
+    inference only the last. Dtypes and strides as in linear_forward. Where PyTorch's operator was measured to
+    be faster for a product, it is used, unless ``forced``.
+
+    >>> hidden, y = mlp_forward(x, [weight1, weight2], [bias1, bias2], final_relu=False, keep=0)
     """
     setting = setting_of(x, forced)
     last = len(weights) - 1
@@ -45,14 +56,16 @@ def mlp_forward(
         in_one = narrow_forward(x, weights, biases, final_relu, keep, setting)
         if in_one is not None:
             return in_one
-    x_regular = is_regular(x)
+    x_aligned = is_aligned_tensor(x)
     ys = []
     for i, weight in enumerate(weights):
-        y_regular = is_aligned(weight.shape[0])
+        y_aligned = is_aligned(weight.shape[0])
         bias = biases[i]
-        regular = x_regular and y_regular and is_regular(weight) and (bias is None or bias.stride(0) == 1)
-        x = linear_forward(x, weight, bias, final_relu or i < last, regular, setting)
-        x_regular = y_regular
+        aligned = (
+            x_aligned and y_aligned and is_aligned_tensor(weight) and (bias is None or bias.stride(0) == 1)
+        )
+        x = linear_forward(x, weight, bias, final_relu or i < last, aligned, setting)
+        x_aligned = y_aligned
         if i >= keep:
             ys.append(x)
     return ys
@@ -68,60 +81,67 @@ def mlp_backward(
     need_weights: Sequence[bool],
     need_biases: Sequence[bool],
     forced: bool = False,
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
+) -> tuple[torch.Tensor | None, Grads, Grads]:
     """``(grad_x, grad_weights, grad_biases)``, each None where it is not needed.
 
-    grad_output (M, N) of any strides; activations: x and every layer's output, None for those that are not
-    looked at: below the layer ``lowest``, the lowest that needs a gradient (0 for x), there is nothing to do.
-    Nothing that comes in is written to. forced: as in mlp_forward.
+    grad_output: (M, N) of any strides. activations: x and every layer's output. lowest: the lowest layer that
+    needs a gradient, 0 if x does. Activations and weights that no gradient depends on may be None. It writes
+    to no argument. forced: as in mlp_forward.
+
+    >>> grad_x, grad_weights, grad_biases = mlp_backward(
+    ...     grad_y, [x, hidden, y], [weight1, weight2], False, 0, True, [True, True], [True, True])
     """
     setting = setting_of(grad_output, forced)
     if not final_relu:
         grad_output = row_major(grad_output)
-    needs = need_x, need_weights[lowest:], need_biases[lowest:]
-    chain = grad_output, activations[lowest:], weights[lowest:], final_relu, *needs, setting
-    grad_x, grads_w, grads_b = _in_one(*chain) or _one_by_one(*chain)
-    nothing: list[torch.Tensor | None] = [None] * lowest
-    return grad_x, nothing + grads_w, nothing + grads_b
-
-
-Gradients = tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]
-
-
-def _in_one(
-    grad_output: torch.Tensor,
-    activations: Sequence[torch.Tensor | None],
-    weights: Sequence[torch.Tensor | None],
-    final_relu: bool,
-    need_x: bool,
-    need_weights: Sequence[bool],
-    need_biases: Sequence[bool],
-    setting: Setting,
-) -> Gradients | None:
-    """One launch for the gradients of all activations, or None where one a layer is better."""
-    sums: Sums = []
-    found = narrow_backward(
-        grad_output, activations, weights, final_relu, need_x, need_weights, need_biases, setting, sums
-    )
-    if found is None:
-        return None
-    grad_x, grads_z, grads_b = found
-    grads_w: list[torch.Tensor | None] = [None] * len(weights)
-    waiting: list[Layer] = []
-    for i, grad_z in enumerate(grads_z):
-        x = activations[i]
-        if need_weights[i]:
-            assert x is not None
-            assert grad_z is not None
-            grads_w[i] = grad_w = x.new_empty(grad_z.shape[1], x.shape[1])
-            x = row_major(x)
-            waiting.append(Layer(grad_z, x, is_regular(grad_z) and is_regular(x), grad_w))
     bias_left = grad_output if need_biases[-1] and not final_relu else None
-    if waiting or bias_left is not None:
-        grad_bias = grad_weights(waiting, bias_left, setting, sums)
-        grads_b[-1] = grads_b[-1] if grad_bias is None else grad_bias
-    add_up(sums)
-    return grad_x, grads_w, grads_b
+    products = _WeightGradients(len(weights) - lowest, bias_left, setting)
+    needs = need_x, need_weights[lowest:], need_biases[lowest:]
+    chain = grad_output, activations[lowest:], weights[lowest:], final_relu, *needs, setting, products.sums
+    found = narrow_backward(*chain)
+    if found is None:
+        grad_x, grads_b = _one_by_one(*chain, products)
+    else:
+        grad_x, grads_z, grads_b = found
+        for i, grad_z in enumerate(grads_z):
+            if need_weights[lowest + i]:
+                x = activations[lowest + i]
+                assert x is not None
+                assert grad_z is not None
+                x = row_major(x)
+                products.add(i, grad_z, x, is_aligned_tensor(grad_z) and is_aligned_tensor(x))
+    products.launch()
+    if products.grad_bias is not None:
+        grads_b[-1] = products.grad_bias
+    add_up(products.sums)
+    below: Grads = [None] * lowest
+    return grad_x, below + products.grads, below + grads_b
+
+
+class _WeightGradients:
+    """The weight gradients of a chain, which wait for a common launch, and the last layer's bias gradient."""
+
+    def __init__(self, layers: int, bias_left: torch.Tensor | None, setting: Setting) -> None:
+        self.grads: Grads = [None] * layers
+        self.grad_bias: torch.Tensor | None = None
+        self.sums: Sums = []
+        self.multiplications = 0
+        self._waiting: list[Layer] = []
+        self._bias_left = bias_left
+        self._setting = setting
+
+    def add(self, i: int, grad_z: torch.Tensor, x: torch.Tensor, aligned: bool) -> None:
+        """Let layer i wait, with rows of x contiguous."""
+        self.grads[i] = grad = x.new_empty(grad_z.shape[1], x.shape[1])
+        self._waiting.append(Layer(grad_z, x, aligned, grad))
+        self.multiplications += grad.numel() * x.shape[0]
+
+    def launch(self) -> None:
+        """Compute what waits."""
+        if self._waiting or self._bias_left is not None:
+            grad_bias = grad_weights(self._waiting, self._bias_left, self._setting, self.sums)
+            self.grad_bias = self.grad_bias if grad_bias is None else grad_bias
+            self._waiting, self.multiplications, self._bias_left = [], 0, None
 
 
 def _one_by_one(
@@ -133,50 +153,36 @@ def _one_by_one(
     need_weights: Sequence[bool],
     need_biases: Sequence[bool],
     setting: Setting,
-) -> Gradients:
-    """A launch for each layer's input gradient."""
-    count = len(weights)
+    sums: Sums,
+    products: _WeightGradients,
+) -> tuple[torch.Tensor | None, Grads]:
+    """``(grad_x, grad_biases)``, with a launch for each layer's input gradient."""
     grad_x = None
-    grads_w: list[torch.Tensor | None] = [None] * count
-    grads_b: list[torch.Tensor | None] = [None] * count
-    sums: Sums = []
-    waiting: list[Layer] = []  # for their weight gradients
-    multiplications = 0
-    bias_left = None
+    grads_b: Grads = [None] * len(weights)
+    grad_z = grad_output
     if final_relu:
         grad_z, grads_b[-1] = relu_backward(grad_output, activations[-1], need_biases[-1], setting, sums)
-    else:
-        grad_z = grad_output
-        bias_left = grad_z if need_biases[-1] else None
-    z_regular = is_regular(grad_z)
-    for i in range(count - 1, -1, -1):
+    z_aligned = is_aligned_tensor(grad_z)
+    for i in range(len(weights) - 1, -1, -1):
         x, weight = activations[i], weights[i]
-        x_regular = x is not None and is_regular(x)
+        x_aligned = x is not None and is_aligned_tensor(x)
         if need_weights[i]:
             assert x is not None
-            grads_w[i] = grad_w = x.new_empty(grad_z.shape[1], x.shape[1])
-            waiting.append(Layer(grad_z, x if x_regular else row_major(x), z_regular and x_regular, grad_w))
-            multiplications += grad_w.numel() * x.shape[0]
-            if multiplications > ENOUGH:
-                grad_bias = grad_weights(waiting, bias_left, setting, sums)
-                grads_b[-1] = grads_b[-1] if grad_bias is None else grad_bias
-                waiting, multiplications, bias_left = [], 0, None
+            products.add(i, grad_z, x if x_aligned else row_major(x), z_aligned and x_aligned)
+            if products.multiplications > ENOUGH:
+                products.launch()
         if i > 0:
             assert weight is not None
-            regular = z_regular and x_regular and is_regular(weight)
-            grad_z, grads_b[i - 1] = grad_input(grad_z, weight, x, need_biases[i - 1], regular, setting, sums)
-            z_regular = is_aligned(weight.shape[1])
+            aligned = z_aligned and x_aligned and is_aligned_tensor(weight)
+            grad_z, grads_b[i - 1] = grad_input(grad_z, weight, x, need_biases[i - 1], aligned, setting, sums)
+            z_aligned = is_aligned(weight.shape[1])
         elif need_x:
             assert weight is not None
-            regular = z_regular and is_regular(weight)
-            grad_x, _ = grad_input(grad_z, weight, None, False, regular, setting, sums)
-    if waiting or bias_left is not None:
-        grad_bias = grad_weights(waiting, bias_left, setting, sums)
-        grads_b[-1] = grads_b[-1] if grad_bias is None else grad_bias
-    add_up(sums)
-    return grad_x, grads_w, grads_b
+            aligned = z_aligned and is_aligned_tensor(weight)
+            grad_x, _ = grad_input(grad_z, weight, None, False, aligned, setting, sums)
+    return grad_x, grads_b
 
 
 def row_major(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy where the elements of a row are not side by side: only what a caller brought may be so."""
+    """x with contiguous rows, a copy if need be. Only tensors from the caller can lack them."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""What the three matrix products share on the device: the order of tiles, and the loop over the reduction.
+"""What the three matrix products share on the device: the order of tiles and the loop over the reduction.
 
 All three are ``C (R, C) = A (R, K) @ B (K, C)`` for some strides:
 
@@ -17,10 +17,10 @@ import triton.language as tl
 
 @triton.jit
 def tile_position(tile, tiles_r, tiles_c, GROUP_R: tl.constexpr):
-    """Position ``(tile_r, tile_c)`` of the tile with number ``tile``.
+    """Position ``(tile_r, tile_c)`` of tile number ``tile``.
 
-    Runs down GROUP_R tiles of a column before it steps to the next column, so that the tiles in flight
-    together share rows of A and columns of B in the L2 cache (Triton's matrix multiplication tutorial).
+    Tiles run down GROUP_R rows of a column before they step to the next column, so that the tiles computed at
+    the same time share rows of A and columns of B in the L2 cache (Triton's matrix multiplication tutorial).
     """
     tiles_in_group = GROUP_R * tiles_c
     first_r = (tile // tiles_in_group) * GROUP_R
@@ -31,11 +31,11 @@ def tile_position(tile, tiles_r, tiles_c, GROUP_R: tl.constexpr):
 
 @triton.jit
 def tile_range(tile, BLOCK: tl.constexpr, limit, WIDE: tl.constexpr):
-    """``(first, offs, valid)`` of a tile along one dimension: its start, offsets from there, which exist.
+    """``(first, offs, valid)`` of a tile along one dimension: its start, offsets from it, which are inside.
 
-    ``first`` is int64, for a row times its stride passes 2**31; within a tile 32 bits are enough, and half
-    the registers, unless the strides are huge (WIDE). Invalid offsets need a mask: sent to a valid row
-    instead, they would hide from the compiler that the others are contiguous.
+    ``first`` is int64, as a row times its stride can exceed 2**31. Within a tile 32 bits are enough and take
+    half the registers, unless strides are huge (WIDE). Mask invalid offsets: if they were redirected to a
+    valid row, the compiler would no longer see that the offsets are contiguous.
     """
     first = tile.to(tl.int64) * BLOCK
     offs = tl.arange(0, BLOCK)
@@ -43,6 +43,18 @@ def tile_range(tile, BLOCK: tl.constexpr, limit, WIDE: tl.constexpr):
     if WIDE:
         offs = offs.to(tl.int64)
     return first, offs, valid
+
+
+@triton.jit
+def select(here, new, old):
+    """For each entry of two tuples, the new one where ``here`` holds, else the old one.
+
+    A kernel whose tiles belong to several layers steps through the layers with it to find a tile's layer.
+    """
+    chosen = ()
+    for i in tl.static_range(len(old)):
+        chosen += (tl.where(here, new[i], old[i]),)  # type: ignore[assignment]
+    return chosen
 
 
 @triton.jit
@@ -67,8 +79,8 @@ def tile_product(
 ):
     """One tile of ``A @ B`` in float32, (BLOCK_R, BLOCK_C).
 
-    Addresses are computed from k afresh each time round: incrementing pointers makes ptxas serialise the
-    wgmma instructions of sm_90 far more often. Both operands are masked in k, for 0 * NaN is NaN.
+    Every iteration computes addresses from k: with incremented pointers, ptxas serialises the wgmma
+    instructions of sm_90 far more often. Both operands are masked in k, because 0 * NaN is NaN.
     """
     offs_k = tl.arange(0, BLOCK_K)
     wide_k = offs_k.to(offs_r.dtype)

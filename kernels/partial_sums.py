@@ -1,24 +1,25 @@
-"""Second stage of every sum over rows: add float32 partial sums in a fixed order, round once.
+"""Second stage of every sum over rows: add float32 partial sums in a fixed order and round once.
 
-A launcher that sums over rows in several parts leaves the parts in a list, and ``add_up`` adds those of a
-whole backward in one launch.
+A launcher that sums over rows in several parts appends the parts to a list, ``Sums``, and ``add_up`` adds
+those of a whole backward pass in one launch: ``out = partials.sum(0)`` for each.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from .gemm import select
 from .launch import COMPILE_OPTIONS, launch
 from .tiles import cdiv
 
-# Partial sums (parts, ...) in float32, and the tensor (...) that is to hold their sum; all contiguous.
+# Partial sums (parts, ...) in float32, and the tensor (...) for their sum; all contiguous.
 Sums = list[tuple[torch.Tensor, torch.Tensor]]
 
-MOST_AT_ONCE = 32  # sums in one launch: each has its own arguments, and a kernel takes 4 KB of them
+MOST_AT_ONCE = 32  # sums in one launch: each has its own arguments, of which a kernel may have 4 KB
 
 
 def parts_of(out: torch.Tensor, parts: int, sums: Sums) -> torch.Tensor:
-    """Where a kernel stores the ``parts`` of out: out itself if there is one, else float32 for ``add_up``."""
+    """Where a kernel stores the parts of a sum: in out if it is one part, else in memory for ``add_up``."""
     if parts == 1:
         return out
     partials = out.new_empty(parts, *out.shape, dtype=torch.float32)
@@ -30,27 +31,25 @@ def parts_of(out: torch.Tensor, parts: int, sums: Sums) -> torch.Tensor:
 def _add_up_kernel(
     partials_ptrs,  # of each sum: (parts, size) float32, contiguous
     out_ptrs,  # (size,), contiguous
-    odd_parts,  # twice the number of parts, plus 1
+    odd_parts,  # 2 * parts + 1, see add_up
     sizes,
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
-    partials_ptr, out_ptr, odd, size, begin = partials_ptrs[0], out_ptrs[0], odd_parts[0], sizes[0], 0
-    blocks = 0
+    sums = (partials_ptrs, out_ptrs, odd_parts, sizes)
+    of_block, begin, blocks = [column[0] for column in sums], 0, 0
     for i in tl.static_range(1, len(sizes)):
         blocks += tl.cdiv(sizes[i - 1], BLOCK)
         here = block >= blocks
-        partials_ptr = tl.where(here, partials_ptrs[i], partials_ptr)
-        out_ptr = tl.where(here, out_ptrs[i], out_ptr)
-        odd = tl.where(here, odd_parts[i], odd)
-        size = tl.where(here, sizes[i], size)
+        of_block = select(here, [column[i] for column in sums], of_block)
         begin = tl.where(here, blocks, begin)
+    partials_ptr, out_ptr, odd, size = of_block
     count = odd // 2
     offs = (block - begin).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = offs < size
     totals = tl.zeros((BLOCK_P, BLOCK), dtype=tl.float32)
-    # BLOCK_P independent loads at a time: one after the other would cost a memory latency each.
+    # BLOCK_P independent loads at a time: loading part by part would wait for memory each time.
     for first in range(0, count, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
         totals += tl.load(
@@ -63,11 +62,11 @@ def _add_up_kernel(
 
 
 def add_up(sums: Sums) -> None:
-    """``out = partials.sum(0)`` for each of ``sums``, whose outs are of one dtype; in one launch."""
+    """``out = partials.sum(0)`` for each of ``sums``, whose outs have one dtype; 32 of them in one launch."""
     for first in range(0, len(sums), MOST_AT_ONCE):
         partials, outs = zip(*sums[first : first + MOST_AT_ONCE], strict=True)
-        # Triton compiles anew where an integer in a tuple becomes a multiple of 16; the number of parts
-        # follows from the batch, whose size often changes, so it is given as an odd number.
+        # Triton compiles again when an integer in a tuple becomes a multiple of 16. The number of parts
+        # depends on the batch size, which often changes, so it is passed as an odd number, 2 * parts + 1.
         most = max(p.shape[0] for p in partials)
         odd_parts = tuple(2 * p.shape[0] + 1 for p in partials)
         sizes = tuple(out.numel() for out in outs)

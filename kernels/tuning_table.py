@@ -1,8 +1,8 @@
-"""What was measured on which device: the tables from which tiles and paths are chosen, read from JSON files.
+"""Tables of measurements, from which tiles and paths are chosen, read from JSON files.
 
-One file for a device and a minor version of Triton, whose compilers differ too much to share one. Ours lie
-beside this module, one for each family of devices; the user's, for the very device, in the platform's cache
-folder, and what is in it goes before ours.
+There is one file for each device and minor version of Triton, whose compilers differ too much to share one.
+Our files lie beside this module, one for each family of devices. The user's file is for one exact device, is
+in the platform's cache folder, and takes precedence over ours.
 """
 
 import functools
@@ -19,17 +19,18 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from .tiles import CANDIDATES, IRREGULAR, OPERATIONS, Tile
+from .tiles import ITEMSIZE, OPERATIONS, Tile, candidates
 
 FORMAT = 1
 MODES = ("inference", "training")
 
 
 class Product(NamedTuple):
-    """One product of a layer alone: our fastest tile, and microseconds of it and of PyTorch's operator.
+    """One product of a layer: our fastest tile, and the microseconds of it and of PyTorch's operator.
 
-    "forward" is ``relu(x @ weight.T + bias)``; "grad_input" ``grad_z @ weight`` with the mask and the bias
-    gradient of the layer below, PyTorch's with our pass for those behind it; "grad_weight" ``grad_z.T @ x``.
+    "forward" is ``relu(x @ weight.T + bias)``; "grad_weight" is ``grad_z.T @ x``; "grad_input" is
+    ``grad_z @ weight`` with the mask and the bias gradient of the layer below, which after PyTorch's operator
+    our relu_backward computes.
     """
 
     tile: Tile
@@ -38,11 +39,11 @@ class Product(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Microseconds of a whole stretch of layers, with launching, on the kernels' path and on eager PyTorch.
+    """Microseconds of a whole chain of layers, including launching, by our kernels and by eager PyTorch.
 
-    "inference" is its forward, "training" forward and backward with every gradient. in_one: with one launch
-    for all layers' activations and one for their gradients, see narrow.py, else with one a layer, whichever
-    was faster. source: measured on what.
+    "inference" is the forward; "training" is forward and backward with every gradient. in_one: the kernels
+    were faster with one launch for all layers (see narrow/) than with one for each layer. source: the device,
+    Triton and date of the measurement.
     """
 
     us: float
@@ -56,7 +57,7 @@ StretchKey = tuple[str, str, int, tuple[int, ...], bool]  # mode, arithmetic, bu
 
 
 def bucket(M: int) -> int:
-    """The power of two nearest to M rows, in ratio: one measurement stands for all of a bucket."""
+    """The power of two nearest to M, by ratio. One measurement is used for all M of a bucket."""
     if M < 1:
         return 0
     below = 1 << (M.bit_length() - 1)
@@ -64,7 +65,7 @@ def bucket(M: int) -> int:
 
 
 class Table:
-    """What was measured on one device. Hashed by identity: one read anew is another to caches."""
+    """The measurements of one device. Hashed by identity, so a table that is read again is new to caches."""
 
     def __init__(
         self,
@@ -73,18 +74,19 @@ class Table:
     ) -> None:
         self.products = products or {}
         self.stretches = stretches or {}
-        self._found: dict[Any, tuple[Stretch, str] | None] = {}
+        # Every call of a chain asks, and every batch may have another size.
+        self.stretch = functools.lru_cache(4096)(self._stretch)
 
     def product(self, operation: str, kind: str, M: int, N: int, K: int) -> Product | None:
-        """What was measured of this product, with about as many rows."""
+        """The measurement of this product with about M rows, or None."""
         return self.products.get((operation, kind, bucket(M), N, K))
 
     def in_one_launch(
         self, mode: str, kind: str, M: int, widths: tuple[int, ...], final_relu: bool
     ) -> bool | None:
-        """Whether these layers go in one launch, as was measured; None where nothing was.
+        """Whether these layers were faster in one launch; None if nothing was measured.
 
-        Where only products of them were, the best is known for one launch a layer.
+        False if only some of their products were measured, as those are the best choice for single layers.
         """
         whole = self.stretches.get((mode, kind, bucket(M), widths, final_relu))
         if whole is not None:
@@ -93,47 +95,34 @@ class Table:
         known = any(self.product(operation, kind, M, N, K) for K, N in layers for operation in OPERATIONS)
         return False if known else None
 
-    def stretch(
-        self, mode: str, kind: str, M: int, widths: tuple[int, ...], final_relu: bool
-    ) -> tuple[Stretch, str] | None:
-        """What was measured of this stretch, with about as many rows, and in words how; None if nothing.
-
-        As a whole; else as the sum of its layers, each measured alone, to which a chain adds nothing: it
-        saves launches and passes.
-        """
-        key = mode, kind, M, widths, final_relu
-        try:
-            return self._found[key]
-        except KeyError:
-            if len(self._found) >= 4096:  # a batch of ever new sizes
-                self._found.clear()
-            found = self._found[key] = self._look_up(mode, kind, bucket(M), widths, final_relu)
-            return found
-
     def joined(self, other: "Table") -> "Table":
-        """This one, and on top of it the other."""
+        """A table with the entries of both; the other's take precedence."""
         return Table(self.products | other.products, self.stretches | other.stretches)
 
-    def _look_up(
-        self, mode: str, kind: str, rows: int, widths: tuple[int, ...], final_relu: bool
+    def _stretch(
+        self, mode: str, kind: str, M: int, widths: tuple[int, ...], final_relu: bool
     ) -> tuple[Stretch, str] | None:
+        """``(measurement of this chain with about M rows, how it was found in words)``, or None.
+
+        Either the chain was measured as a whole, or each of its layers was, and their times are added. The
+        sum is an upper limit: a chain saves launches and passes.
+        """
+        rows, last = bucket(M), len(widths) - 2
         whole = self.stretches.get((mode, kind, rows, widths, final_relu))
         if whole is not None:
             return whole, "as a whole"
-        layers = len(widths) - 1
-        parts = [
-            self.stretches.get((mode, kind, rows, widths[i : i + 2], final_relu or i < layers - 1))
-            for i in range(layers)
-        ]
-        known = [part for part in parts if part is not None]
-        if len(known) < layers:
-            return None
+        known = []
+        for i, layer in enumerate(itertools.pairwise(widths)):
+            part = self.stretches.get((mode, kind, rows, layer, final_relu or i < last))
+            if part is None:
+                return None
+            known.append(part)
         us, torch_us = sum(s.us for s in known), sum(s.torch_us for s in known)
         return Stretch(us, torch_us, False, known[0].source), "as the sum of its layers"
 
 
 class Where(NamedTuple):
-    """The device and compiler that a table is for."""
+    """The device and the compiler that a table is for."""
 
     device: str  # its exact name
     family: str
@@ -154,10 +143,10 @@ def shipped_file(here: Where) -> pathlib.Path:
 
 
 def users_file(here: Where) -> pathlib.Path:
-    """Where the user's own table is kept: in the platform's cache folder, which is ~/.cache on Linux."""
+    """The user's own table, in the platform's cache folder (~/.cache on Linux)."""
     try:
         import platformdirs
-    except ImportError:  # then as it does on Linux, where Triton is
+    except ImportError:  # use its result for Linux
         caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         folder = caches / "fusedmlp"
     else:
@@ -167,49 +156,52 @@ def users_file(here: Where) -> pathlib.Path:
 
 
 class Unusable(ValueError):
-    """Why a table is not used."""
+    """A file cannot be used as a table; the message says why."""
 
 
 class NewerFormat(Unusable):
-    """It was written by a later version of this package."""
+    """The file was written by a later version of this package."""
 
 
 def parse(text: str, here: Where, exact: bool) -> tuple[Table, int]:
-    """The table in a file's text, and how many of its entries name tiles that this version does not have.
+    """``(table, number of entries left out)`` of a file's text.
 
-    exact: it must be for this very device, not only for its family. Raises Unusable with the reason.
+    Entries with tiles that this version does not have are left out. exact: the table must be for this exact
+    device, not only for its family. Raises Unusable with the reason.
     """
     try:
         content = json.loads(text)
     except ValueError as error:
         raise Unusable(f"is not JSON ({error})") from None
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-        raise Unusable("is not a table of fusedmlp's")
+        raise Unusable("is not a table written by fusedmlp")
     if content["format"] > FORMAT:
         raise NewerFormat(f"has format {content['format']}, and this version of fusedmlp reads {FORMAT}")
     for name in ("device", "family", "triton") if exact else ("family", "triton"):
         if content.get(name) != getattr(here, name):
-            raise Unusable(f"is for {name} {content.get(name)!r}, and here is {getattr(here, name)!r}")
+            raise Unusable(f"is for {name} {content.get(name)!r}, but this is {getattr(here, name)!r}")
     try:
         products = dict(_product(entry) for entry in content["products"])
         source = f"{content['device']}, Triton {content['triton']}, {content['date']}"
         stretches = dict(_stretch(entry, source) for entry in content["stretches"])
     except (KeyError, TypeError, ValueError) as error:
-        raise Unusable(f"has an entry that is none ({type(error).__name__}: {error})") from None
+        raise Unusable(f"has an invalid entry ({type(error).__name__}: {error})") from None
     known = {key: product for key, product in products.items() if _offered(key, product.tile)}
     return Table(known, stretches), len(products) - len(known)
 
 
 def _product(entry: Any) -> tuple[ProductKey, Product]:
     operation, kind, rows, N, K, tile, us, torch_us = entry
-    _check(operation in OPERATIONS and kind in CANDIDATES[operation], entry)
+    _check(operation in OPERATIONS and kind in ITEMSIZE, entry)
     _check(all(type(size) is int and size > 0 for size in (rows, N, K)) and bucket(rows) == rows, entry)
+    if tile[5:] == [False]:  # files used to say of each tile that it does without tensor descriptors
+        tile = tile[:5]
     return (operation, kind, rows, N, K), Product(Tile(*tile), *_times(us, torch_us, entry))
 
 
 def _stretch(entry: Any, source: str) -> tuple[StretchKey, Stretch]:
     mode, kind, rows, widths, final_relu, in_one, us, torch_us = entry
-    _check(mode in MODES and kind in CANDIDATES["forward"], entry)
+    _check(mode in MODES and kind in ITEMSIZE, entry)
     _check(type(final_relu) is bool and type(in_one) is bool, entry)
     _check(all(type(size) is int and size > 0 for size in (rows, *widths)) and bucket(rows) == rows, entry)
     _check(len(widths) >= 2, entry)
@@ -223,19 +215,19 @@ def _times(us: Any, torch_us: Any, entry: Any) -> tuple[float, float]:
     return float(us), float(torch_us)
 
 
-def _check(right: bool, entry: Any) -> None:
-    if not right:
+def _check(valid: bool, entry: Any) -> None:
+    if not valid:
         raise ValueError(json.dumps(entry)[:200])
 
 
 def _offered(key: ProductKey, tile: Tile) -> bool:
-    operation, kind, _, N, K = key
-    regular = N % 16 == 0 and K % 16 == 0
-    return tile in CANDIDATES[operation][kind] if regular else tile == IRREGULAR[kind]
+    """True if this version has the tile for such a product."""
+    _, kind, _, N, K = key
+    return tile in candidates(kind, aligned=N % 16 == 0 and K % 16 == 0)
 
 
 def to_text(here: Where, about: dict[str, str], table: Table) -> str:
-    """A table as a file: what it was measured on and with, then an entry a line."""
+    """The text of a table's file: what it was measured on, then one entry on each line."""
 
     def lines(entries: Sequence[Any]) -> str:
         return "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in entries) + "\n ]"
@@ -255,13 +247,13 @@ def to_text(here: Where, about: dict[str, str], table: Table) -> str:
 
 
 def read(file: pathlib.Path, here: Where, exact: bool) -> Table | None:
-    """The table in a file, or None where there is none, or, with a warning, none that can be used."""
+    """The table in a file; None if there is no file; None with a warning if it cannot be used."""
     table = None
     try:
-        table, strange = parse(file.read_text(encoding="utf-8"), here, exact)
-        if not strange:
+        table, left_out = parse(file.read_text(encoding="utf-8"), here, exact)
+        if not left_out:
             return table
-        problem = f"has {strange} entries with tiles that this version of fusedmlp has not; they are not used"
+        problem = f"has {left_out} entries with tiles that this version of fusedmlp lacks; they are not used"
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -269,7 +261,7 @@ def read(file: pathlib.Path, here: Where, exact: bool) -> Table | None:
     except Unusable as error:
         problem = f"{error}; it is not used"
     warnings.warn(
-        f"the table of measurements {file} {problem}. Delete it, or measure anew with fusedmlp.tune or "
+        f"the table of measurements {file} {problem}. Delete it, or measure again with fusedmlp.tune or "
         "python -m fusedmlp tune",
         stacklevel=2,
     )
@@ -277,7 +269,7 @@ def read(file: pathlib.Path, here: Where, exact: bool) -> Table | None:
 
 
 def in_a_distributed_job() -> bool:
-    """Whether other processes have to choose as this one does; their files may differ, and change."""
+    """True if other processes must choose as this one does. Their files may differ, and change."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size() > 1
@@ -285,7 +277,7 @@ def in_a_distributed_job() -> bool:
     return world.isdigit() and int(world) > 1
 
 
-# Of each device the table that all ranks of a distributed job agreed upon.
+# For each device, the table that all ranks of a distributed job have agreed on.
 _agreed: dict[int | None, Table] = {}
 
 
@@ -295,29 +287,25 @@ def _read(index: int | None) -> Table:
     theirs = _agreed.get(index)
     if theirs is None and not in_a_distributed_job():
         theirs = read(users_file(here), here, exact=True)
-    both = Table()
-    for table in (ours, theirs):
-        if table is not None:
-            both = both.joined(table)
-    return both
+    return (ours or Table()).joined(theirs or Table())
 
 
 @functools.cache
 def table_of(index: int | None) -> Table:
-    """What is known of CUDA device ``index``, or of Triton's interpreter for None; read once."""
+    """The table of CUDA device ``index``, or of Triton's interpreter for None; read once."""
     return _read(index)
 
 
-forget: Callable[[], None] = table_of.cache_clear  # the files have changed
+forget: Callable[[], None] = table_of.cache_clear  # call it after files have changed
 
 
 def agree(index: int | None, table: Table) -> None:
-    """From now on use this table and no file of the user's."""
+    """From now on use this table instead of the user's file."""
     _agreed[index] = table
     forget()
 
 
 def disagree(index: int | None) -> None:
-    """Back to the files."""
+    """From now on use the user's file again."""
     _agreed.pop(index, None)
     forget()

@@ -1,130 +1,43 @@
-"""``fuse`` for models that are there already: Linear and Sequential change their class, and nothing else.
+"""``fuse``, ``unfuse`` and ``report``: give the Linears and Sequentials of a model fused classes, and back.
 
-    fusedmlp.fuse(model)  # and model, its optimizer and its checkpoints go on as before
-
-A Sequential runs its own pairs of Linear and ReLU. Where a module's forward calls ReLU itself, as in
-``F.relu(self.fc1(x))``, that forward is only read, with torch.fx, never replaced: the Linear learns that ReLU
-comes next, and should it not come once, for all that the code may do, the result is still right.
+A fused Sequential runs its own pairs of Linear and ReLU. Where a forward calls ReLU itself, as in
+``F.relu(self.fc1(x))``, torch.fx finds the pair (trace_forward.py), and the Linear gets a class whose output
+waits for its ReLU (pending_relu.py). If ReLU does not come in some later call, the result is still accurate.
 """
 
 import collections
 import copy
 import itertools
-import re
-import textwrap
-import types
 from collections.abc import Iterator
-from typing import Any, Generic, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.utils import parametrize
 
 from fusedmlp import nn
-from fusedmlp.convert.pending_relu import (
-    LazyLinearBeforeClamp,
-    LazyLinearBeforeReLU,
-    LinearBeforeClamp,
-    LinearBeforeReLU,
-    observed,
-)
+from fusedmlp.convert import module_classes
+from fusedmlp.convert.fuse_report import Report, Row
+from fusedmlp.convert.pending_relu import LinearBeforeReLU, more_than_forward
 from fusedmlp.convert.trace_forward import Call, calls_in_forward, quietly
+from fusedmlp.torch_tools.text import count
 
-__all__ = ["Report", "Row", "fuse", "report", "unfuse"]
-
-_FROM = "_fused_from"  # where a module remembers its class: in its __dict__, so that copies do too
-_BEFORE = {"relu": LinearBeforeReLU, "clamp": LinearBeforeClamp}
-# What each kind of Linear is before its first call, if it is lazy.
-_LAZY: dict[Any, type[torch.nn.Module]] = {
-    torch.nn.Linear: torch.nn.LazyLinear,
-    nn.Linear: nn.LazyLinear,
-    LinearBeforeReLU: LazyLinearBeforeReLU,
-    LinearBeforeClamp: LazyLinearBeforeClamp,
-}
-_LINEARS = (*_LAZY, *_LAZY.values())
-# What torch.nn has in place of ours.
-_TORCHS: dict[Any, type[torch.nn.Module]] = {
-    nn.Sequential: torch.nn.Sequential,
-    nn.MLP: torch.nn.Sequential,
-    **dict.fromkeys(_LAZY, torch.nn.Linear),
-    **dict.fromkeys(_LAZY.values(), torch.nn.LazyLinear),
-}
-_OF_ABC = ("_abc_impl", "__abstractmethods__")  # what abc.ABCMeta gives to each class, and torch's have not
-_WIDTH = 80
 _SEQUENTIAL = "a Sequential"
 
 
-class Row(NamedTuple):
-    """One Linear: its names in the model (more than one if it is shared), its shape and what becomes of it.
-
-    status is "pair in a Sequential", "pair in forward of X", "Linear only" or "left alone"; reason says in a
-    few words why it is no pair, and is empty if it is one.
-    """
-
-    names: tuple[str, ...]
-    in_features: int
-    out_features: int
-    status: str
-    reason: str
-
-
-class Report(NamedTuple):
-    """What fuse does to a model, as data; ``str()`` of it is a table for a terminal.
-
-    One row for each Linear, and how many Sequentials run their pairs as one.
-
-    >>> fusedmlp.convert.report(model).pairs
-    2
-    """
-
-    rows: tuple[Row, ...]
-    sequentials: int
-
-    @property
-    def pairs(self) -> int:
-        return sum(row.status.startswith("pair") for row in self.rows)
-
-    @property
-    def linears(self) -> int:
-        return len(self.rows)
-
-    def __str__(self) -> str:
-        head = f"{self.pairs} of {_count(self.linears, 'Linear')} fused with ReLU"
-        lines = [f"{head}, {_count(self.sequentials, 'Sequential')} fused"]
-        sections: dict[str, list[Row]] = {}
-        for row in sorted(self.rows, key=lambda row: not row.status.startswith("pair")):
-            title = f"{row.status}: {row.reason}" if row.reason else row.status
-            sections.setdefault(title, []).append(row)
-        for title, rows in sections.items():
-            lines += ["", *textwrap.wrap(f"{title} ({len(rows)})", _WIDTH)]
-            # Layers whose names differ in numbers only, and that have one shape, are one line.
-            alike: dict[Any, list[Row]] = {}
-            for row in rows:
-                key = (*re.split(r"\d+", row.names[0]), len(row.names), row.in_features, row.out_features)
-                alike.setdefault(key, []).append(row)
-            table = [
-                (_names(same), f"{key[-2]} -> {key[-1]}" + (f"  x {len(same)}" if len(same) > 1 else ""))
-                for key, same in alike.items()
-            ]
-            room = _WIDTH - len("    ") - max(len(shape) for _, shape in table)
-            wide = min(room, max(len(name) for name, _ in table))
-            for name, shape in table:
-                shortened = name if len(name) <= wide else "..." + name[3 - wide :]
-                lines.append(f"  {shortened:{wide}}  {shape}")
-        return "\n".join(lines)
-
-
 def fuse(model: torch.nn.Module, *, inplace: bool = True, verbose: bool = False) -> torch.nn.Module:
-    """Make every Linear and Sequential of a model the fused kind; returns the model.
+    """Make every Linear and Sequential of a model a fused one, and return the model.
 
-    In place, or with ``inplace=False`` on a deep copy. Only classes change: parameters, buffers, names, keys,
-    hooks, ``repr`` and outputs are the very same, an optimizer made before goes on, and :func:`unfuse` takes
-    it back. What cannot be fused, a subclass of Linear for one, is left alone, and :func:`report` says why;
-    ``verbose=True`` prints that. Call it again after changing the model.
+    It also fuses ``F.relu(self.fc1(x))`` inside your ``forward``, without changing your code. Only classes
+    change: parameters, buffers, keys, hooks and ``repr`` stay the same, an optimizer made before keeps
+    working, and :func:`unfuse` undoes it. What cannot be fused, such as a subclass of Linear, is left alone,
+    and :func:`report` says why. Call fuse again after you change the model, and after the first call of its
+    lazy layers. ``inplace=False`` changes a deep copy; ``verbose=True`` prints the report.
 
-    To find their pairs, the forwards of a copy that shares the memory are run on stand-ins, a few times where
-    they branch. What they do to the copy leaves no trace; a cache in a Python module does, and so does what
-    is written through a NumPy view. torch.fx changes torch for so long, so no other thread should run models
-    meanwhile. Raises TypeError for what is no ``torch.nn.Module``.
+    To find the pairs, fuse traces each forward with torch.fx, several times if it branches, on a copy of its
+    module. What a forward does outside the model stays done: a cache in a Python module, or values that it
+    writes through a NumPy view. torch.fx patches PyTorch meanwhile, so no other thread should run models.
+
+    Raises TypeError if model is not a ``torch.nn.Module``.
 
     >>> fusedmlp.fuse(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU()))[0].__class__
     <class 'fusedmlp.nn.Linear'>
@@ -133,12 +46,7 @@ def fuse(model: torch.nn.Module, *, inplace: bool = True, verbose: bool = False)
     if not inplace:
         model = copy.deepcopy(model)
     kinds, found = _plan(model)
-    changes = []
-    for module, kind in kinds.items():
-        if type(module) is not kind:
-            former = module.__dict__.get(_FROM, type(module))
-            changes.append((module, kind, None if former is kind else former))
-    _change(changes)
+    module_classes.change_classes(kinds, keep_former=True)
     if verbose:
         print(found)
     return model
@@ -147,38 +55,35 @@ def fuse(model: torch.nn.Module, *, inplace: bool = True, verbose: bool = False)
 def unfuse(
     model: torch.nn.Module, *, built: bool = False, inplace: bool = True, verbose: bool = False
 ) -> torch.nn.Module:
-    """Give every module that :func:`fuse` changed the class it had; returns the model.
+    """Give every module that :func:`fuse` changed its former class back, and return the model.
 
-    In place, or with ``inplace=False`` on a deep copy. Layers that were built with ``fusedmlp.nn`` stay, but
-    with ``built=True`` they become ``torch.nn``'s own Linear and Sequential too: for tools that go by a
-    module's exact class, as dynamic quantization does, and for pickles to be read without ``fusedmlp``.
-    Classes of your own that are derived from ours stay. ``verbose=True`` prints how many have changed.
+    ``built=True`` also makes layers that you built with ``fusedmlp.nn`` torch.nn's own Linear and Sequential:
+    for tools that test for the exact class, such as dynamic quantization, and for pickles that load without
+    ``fusedmlp``. Subclasses of your own stay. ``inplace=False`` changes a deep copy instead; ``verbose=True``
+    prints how many modules changed.
 
-    Raises TypeError as fuse does, and with ``built=True`` if the model has a LinearReLU, for which torch.nn
-    has no class; nothing is changed then.
+    Raises TypeError if model is not a ``torch.nn.Module``, and with ``built=True`` if the model has a
+    LinearReLU, for which torch.nn has no class; then nothing changes.
 
-    >>> unfuse(fuse(model))
+    >>> unfuse(fuse(torch.nn.Linear(4, 3))).__class__
+    <class 'torch.nn.modules.linear.Linear'>
     """
     _check(model, "unfuse")
     if not inplace:
         model = copy.deepcopy(model)
-    if built:
-        changes = [(module, kind, None) for module, kind in _torchs_own(model)]
-    else:
-        changes = [
-            (module, kind, None) for module in model.modules() if (kind := _former(module)) is not None
-        ]
-    _change(changes)
+    kinds = module_classes.classes_of_torch(model) if built else module_classes.former_classes(model)
+    module_classes.change_classes(kinds, keep_former=False)
     if verbose:
-        linears = sum(issubclass(kind, torch.nn.Linear) for _, kind, _ in changes)
-        words = _count(linears, "Linear"), _count(len(changes) - linears, "Sequential")
-        became = "made torch.nn's own" if built else "given back the class they had"
-        print(f"{' and '.join(words)} {became}")
+        linears = sum(issubclass(kind, torch.nn.Linear) for kind in kinds.values())
+        became = "made torch.nn's own" if built else "given back their former class"
+        print(f"{count(linears, 'Linear')} and {count(len(kinds) - linears, 'Sequential')} {became}")
     return model
 
 
 def report(model: torch.nn.Module) -> Report:
-    """What :func:`fuse` would do to the model, or has done: a row for each Linear. Changes nothing.
+    """What :func:`fuse` would do to the model, or has done: a row for each Linear. It changes nothing.
+
+    Raises TypeError if model is not a ``torch.nn.Module``.
 
     >>> print(fusedmlp.convert.report(model))
     2 of 3 Linears fused with ReLU, 1 Sequential fused
@@ -187,77 +92,71 @@ def report(model: torch.nn.Module) -> Report:
     return _plan(model)[1]
 
 
+def _check(model: Any, name: str) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{name} takes a torch.nn.Module, not {type(model).__name__}")
+
+
 def _plan(model: torch.nn.Module) -> tuple[dict[torch.nn.Module, type[torch.nn.Module]], Report]:
-    """The class that each module to change shall have, and the report."""
+    """The class for each module that fuse changes, and the report."""
     kinds: dict[torch.nn.Module, type[torch.nn.Module]] = {}
-    calls: dict[torch.nn.Module, list[tuple[str, Call]]] = collections.defaultdict(list)
+    # All calls of each Linear that were found: where, and why its output does not go to ReLU ("" if it does).
+    calls: dict[torch.nn.Module, list[tuple[str, str]]] = collections.defaultdict(list)
     for module in model.modules():
-        kind = _fused_sequential(module)
+        kind = module_classes.fused_sequential(module)
         if kind is not None:
             kinds[module] = kind
             for call in _calls_in_sequential(module):
-                calls[call.linear].append((_SEQUENTIAL, call))
-    in_sequentials = set(calls)
+                calls[call.linear].append((_SEQUENTIAL, call.reason))
+    sequentials, in_sequentials = len(kinds), set(calls)
     with quietly():
         for module in model.modules():
             if module in kinds or isinstance(module, torch.jit.ScriptModule):
                 continue
             if not _is_container(module) and not _is_linear(module):
                 for call in _calls_in_forward(module, in_sequentials):
-                    calls[call.linear].append((f"forward of {type(module).__name__}", call))
+                    calls[call.linear].append((f"forward of {type(module).__name__}", call.reason))
     names: dict[torch.nn.Module, list[str]] = collections.defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
     rows = []
-    for module in model.modules():
-        if not _is_linear(module):
-            continue
-        reason = _why_left_alone(module)
+    for module in filter(_is_linear, model.modules()):
+        status, reason = "left alone", _why_left_alone(module)
         if reason is None:
-            kind, status, reason = _decide(calls[module])
-            kinds[module] = _LAZY[kind] if isinstance(module, torch.nn.LazyLinear) else kind
-        else:
-            status = "left alone"
+            kinds[module], status, reason = _decide(module, calls[module])
         rows.append(Row(tuple(names[module]), *(_features(module) or (0, 0)), status, reason))
-    sequentials = sum(isinstance(module, torch.nn.Sequential) for module in kinds)
     return kinds, Report(tuple(rows), sequentials)
 
 
-def _decide(calls: list[tuple[str, Call]]) -> tuple[type[torch.nn.Module], str, str]:
-    """Class, status and reason of a Linear from all calls of it: before ReLU only if it is so every time."""
-    forwards = sorted({where for where, call in calls if call.kind and where != _SEQUENTIAL})
-    in_sequential = any(call.kind and where == _SEQUENTIAL for where, call in calls)
-    reasons = list(dict.fromkeys(call.reason for _, call in calls if not call.kind))
-    kind: type[torch.nn.Module] = nn.Linear
-    if forwards and not reasons:
-        kind = _BEFORE["clamp" if any(call.kind == "clamp" for _, call in calls) else "relu"]
-        return kind, f"pair in {' and '.join(forwards)}", ""
-    if in_sequential:  # which fuses its own, whatever others do with the Linear
+def _decide(linear: torch.nn.Module, calls: list[tuple[str, str]]) -> tuple[type[torch.nn.Module], str, str]:
+    """Class, status and reason of a Linear. It waits for ReLU only if ReLU takes its output at every call."""
+    lazy = isinstance(linear, torch.nn.LazyLinear)
+    kind: type[torch.nn.Module] = nn.LazyLinear if lazy else nn.Linear
+    paired = {where for where, reason in calls if not reason}
+    forwards = " and ".join(sorted(paired - {_SEQUENTIAL}))
+    reasons = list(dict.fromkeys(reason for _, reason in calls if reason))
+    if forwards and not reasons and not lazy:
+        return LinearBeforeReLU, f"pair in {forwards}", ""
+    if _SEQUENTIAL in paired:  # a fused Sequential runs the pair as one, whatever else calls the Linear
         return kind, f"pair in {_SEQUENTIAL}", ""
-    if forwards:
-        reasons.insert(0, f"ReLU takes its output in {' and '.join(forwards)}, but not everywhere")
+    if forwards and reasons:
+        reasons.insert(0, f"ReLU takes its output in {forwards}, but not everywhere")
+    elif forwards:
+        reasons = ["it is lazy: call fuse again after the first call"]
     return kind, "Linear only", "; ".join(reasons) or "no forward that could be read calls it"
 
 
 def _calls_in_forward(module: torch.nn.Module, in_sequentials: set[torch.nn.Module]) -> list[Call]:
-    """What is known of the Linears that the module's forward may call, from its trace."""
+    """The calls of Linears in the module's own forward, or why it cannot be traced, for each Linear."""
     linears = list(dict.fromkeys(_own_linears(module)))
     if not linears:
         return []
-    name = f"{type(module).__name__}.forward"
-    if "forward" in module.__dict__:
-        calls: list[Call] = []
-        problem = f"{name} is patched"
-    else:
-        calls, error = calls_in_forward(module, linears)
-        problem = f"{name} cannot be traced: {error}" if error else ""
-    if problem:
-        # A Linear in a Sequential is most likely called by that alone.
-        return [Call(linear, None, problem) for linear in linears if linear not in in_sequentials]
-    hooked = {linear: reason for linear in linears if (reason := observed(linear))}
-    return [call for call in calls if call.linear not in hooked] + [
-        Call(linear, None, reason) for linear, reason in hooked.items()
-    ]
+    calls, problem = calls_in_forward(module, linears)
+    if problem is None:
+        return calls
+    # The call of a Linear in a Sequential is known already, and most likely there is no other.
+    reason = f"{type(module).__name__}.forward {problem}"
+    return [Call(linear, reason) for linear in linears if linear not in in_sequentials]
 
 
 def _calls_in_sequential(module: torch.nn.Module) -> Iterator[Call]:
@@ -265,22 +164,20 @@ def _calls_in_sequential(module: torch.nn.Module) -> Iterator[Call]:
     for member, follower in itertools.zip_longest(members, members[1:]):
         if member is None or not _is_linear(member):
             continue
-        kind = None
-        if reason := observed(member):
-            pass
+        reason = ""
+        if more := more_than_forward(member):
+            reason = f"it {more}"
         elif follower is None:
             reason = "nothing follows it in its Sequential"
         elif type(follower) is not torch.nn.ReLU:
             reason = f"{type(follower).__name__} follows it in its Sequential"
-        elif hooked := observed(follower):
-            reason = f"of its ReLU, {hooked}"
-        else:
-            kind = "relu"
-        yield Call(member, kind, reason or "")
+        elif more := more_than_forward(follower):
+            reason = f"its ReLU {more}"
+        yield Call(member, reason)
 
 
 def _own_linears(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The Linears that a forward can call by an attribute, a list, a dict or a Sequential of its module."""
+    """The Linears that a forward can call: attributes of its module, or in a list, dict or Sequential."""
     for child in module._modules.values():
         if child is None:
             continue
@@ -292,14 +189,14 @@ def _own_linears(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _is_container(module: torch.nn.Module) -> bool:
-    # A ScriptModule's class has no forward.
+    # The class of a ScriptModule has no forward at all.
     return getattr(type(module), "forward", None) is torch.nn.Module.forward
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
-    """Including quantized ones and others' that are no torch.nn.Linear: the report names them.
+    """True for a Linear of any kind: quantized ones and those of other libraries are rows of the report too.
 
-    A block that is named so and has a Linear inside is none.
+    A block named Linear that has a torch.nn.Linear inside does not count.
     """
     return isinstance(module, torch.nn.Linear) or (
         "Linear" in type(module).__name__
@@ -309,7 +206,7 @@ def _is_linear(module: torch.nn.Module) -> bool:
 
 
 def _features(module: torch.nn.Module) -> tuple[int, int] | None:
-    """in_features and out_features, if they are numbers: of others' classes they may be anything."""
+    """in_features and out_features, or None if they are not numbers, as they may be in other libraries."""
     try:
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     except Exception:
@@ -318,7 +215,7 @@ def _features(module: torch.nn.Module) -> tuple[int, int] | None:
 
 def _why_left_alone(linear: torch.nn.Module) -> str | None:
     name = type(linear).__name__
-    if type(linear) in _LINEARS:
+    if type(linear) in module_classes.LINEARS:
         return None
     if type(linear) is nn.LinearReLU:
         return "LinearReLU is a pair by itself"
@@ -327,120 +224,3 @@ def _why_left_alone(linear: torch.nn.Module) -> str | None:
     if parametrize.is_parametrized(linear):
         return "its weight or bias is parametrized"
     return f"a subclass of Linear: {name}"
-
-
-def _fused_sequential(module: torch.nn.Module) -> type[torch.nn.Module] | None:
-    """The fused class for a Sequential, maybe the one it has, or None for what runs its members otherwise."""
-    kind = type(module)
-    if kind is torch.nn.Sequential or kind is nn.Sequential:
-        return nn.Sequential
-    if not issubclass(kind, torch.nn.Sequential) or parametrize.is_parametrized(module):
-        return None
-    if kind.forward is nn.Sequential.forward:  # nn.MLP, and what fuse or the user made
-        return kind
-    same = ("forward", "__call__", "__iter__", "__reduce_ex__", "__reduce__")
-    if any(getattr(kind, name) is not getattr(torch.nn.Sequential, name) for name in same):
-        return None
-    # It would be told of a subclass that nobody wrote, and may put it into a registry.
-    usual = (*torch.nn.Sequential.__mro__, Generic)
-    if any("__init_subclass__" in vars(base) for base in kind.__mro__ if base not in usual):
-        return None
-    try:
-        return _subclass(kind)
-    except Exception:  # a class that does not want subclasses
-        return None
-
-
-class _Disguised(nn.Sequential):
-    """Of fused classes made at run time: copies and pickles find them again by the class they came from."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        made: Any = object.__reduce_ex__(self, max(int(protocol), 2))
-        _, (kind, *arguments), *state = made
-        return _new, (kind._came_from, *arguments), *state
-
-
-def _subclass(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    if kind not in _SUBCLASSES:
-        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_came_from": kind}
-        made = types.new_class(kind.__name__, (kind, _Disguised), exec_body=lambda space: space.update(names))
-        _SUBCLASSES[kind] = made
-    return _SUBCLASSES[kind]
-
-
-_SUBCLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
-
-
-def _new(kind: Any, *arguments: Any) -> Any:
-    return _subclass(kind).__new__(_subclass(kind), *arguments)
-
-
-def _former(module: torch.nn.Module) -> type[torch.nn.Module] | None:
-    """The class to give back, unless somebody has changed it since, as a parametrization does."""
-    kind = type(module)
-    former: type[torch.nn.Module] | None = kind.__dict__.get("_came_from")
-    if kind in _LINEARS or kind is nn.Sequential:
-        former = module.__dict__.get(_FROM)
-        if former in _LAZY.values() and not isinstance(module, torch.nn.LazyLinear):
-            former = former.cls_to_become  # type: ignore[union-attr]  # it has been called since
-    return former
-
-
-def _torchs_own(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, type[torch.nn.Module]]]:
-    """The modules that are ours, and the class that each would have on ``torch.nn``."""
-    without = []
-    for name, module in model.named_modules():
-        kind = _former(module) or type(module)
-        parametrized = parametrize.is_parametrized(module)
-        base = kind.__bases__[0] if parametrized else kind
-        if base is nn.LinearReLU:
-            without.append(name or "the model itself")
-        base = _TORCHS.get(base, base)
-        if parametrized and base is not kind.__bases__[0]:  # a class that was made, maybe for its copies too
-            own = {name: it for name, it in vars(kind).items() if name not in _OF_ABC}
-            kind = type(kind.__name__, (base,), own)
-        elif not parametrized:
-            kind = base
-        if kind is not type(module):
-            yield module, kind
-    if without:
-        raise TypeError(
-            f"torch.nn has no LinearReLU, for which there should be Linear and ReLU: {', '.join(without)}"
-        )
-
-
-def _change(changes: list[tuple[torch.nn.Module, type[torch.nn.Module], Any]]) -> None:
-    """Give each module its class and the memory of a former one, or None: all or none of them."""
-    before = [(module, type(module), module.__dict__.get(_FROM)) for module, _, _ in changes]
-    try:
-        for change in changes:
-            _set(*change)
-    except BaseException:
-        for change in before:
-            _set(*change)
-        raise
-
-
-def _set(module: torch.nn.Module, kind: type[torch.nn.Module], former: Any) -> None:
-    object.__setattr__(module, "__class__", kind)
-    if former is None:
-        module.__dict__.pop(_FROM, None)
-    else:
-        module.__dict__[_FROM] = former
-
-
-def _check(model: Any, name: str) -> None:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"{name} takes a torch.nn.Module, not {type(model).__name__}")
-
-
-def _names(rows: list[Row]) -> str:
-    """Their name, with * for each number in which they differ."""
-    split = [re.split(r"(\d+)", row.names[0]) for row in rows]
-    name = "".join(parts[0] if len(set(parts)) == 1 else "*" for parts in zip(*split, strict=True))
-    more = len(rows[0].names) - 1
-    return (name or "(the model)") + (f" (and {_count(more, 'other name')})" if more else "")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

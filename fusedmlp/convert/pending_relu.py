@@ -1,8 +1,8 @@
-"""A Linear whose ReLU is called by somebody else's code: its output waits to hear whether ReLU is next."""
+"""A Linear whose ReLU is called in your own forward: its output waits to see whether ReLU comes next."""
 
-import math
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
@@ -10,73 +10,62 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map_only
 
 from fusedmlp import functional, nn
+from fusedmlp.dispatch.autocast import autocast_dtype
 from fusedmlp.dispatch.backend_choice import forced, quiet
-from fusedmlp.dispatch.predicate import autocast_dtype, record, surely_too_little, surely_unfused
+from fusedmlp.dispatch.predicate import record, surely_unfused
 from fusedmlp.torch_tools.patched import LINEAR_FORWARD
 
 _MODULE_CALL = torch.nn.Module.__call__
 _RELU = (torch.relu, torch.Tensor.relu)
-_CLAMP = (torch.clamp_min, torch.Tensor.clamp_min, torch.clamp, torch.Tensor.clamp)
 _TENSOR: Any = torch.Tensor
-_WATCHES_GRADIENT = (
+_ASKS_FOR_GRADIENT = (
     _TENSOR.register_hook,
     _TENSOR.retain_grad,
     _TENSOR.grad_fn.__get__,
-    # What backward(inputs=[z]) leaves there, which before torch 2.15 asks nothing of z that could be seen.
+    # backward(inputs=[z]) leaves its result in z.grad. Before torch 2.15 __torch_function__ does not see that
+    # backward, only this access.
     _TENSOR.grad.__get__,
 )
-# Functions that give the gradient of their inputs, and from which argument on those come.
+# Functions that return or store the gradient of their inputs, and the position of their argument ``inputs``.
 _TAKES_INPUTS: dict[Any, int] = {torch.autograd.grad: 1, torch.autograd.backward: 4, _TENSOR.backward: 4}
 
 
-def which_relu(function: Any, rest: Sequence[Any], keywords: Mapping[str, Any]) -> str | None:
-    """``"relu"``, ``"clamp"`` or None: what ``function(z, *rest, **keywords)`` is, and not in place.
+def is_relu(function: Any, rest: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
+    """True if ``function(z, *rest, **keywords)`` is ReLU and does not work in place.
 
-    The gradients of the two differ where z is NaN, and before torch 2.15 where z is 0: relu's is 0 there,
-    that of clamp_min(0) was 1.
+    ``clamp(min=0)`` does not count: its gradient differs where z is NaN and, before torch 2.15, where z is 0.
     """
-    if function in _RELU:
-        return None if rest or keywords else "relu"
     if function is F.relu:
         inplace = rest[0] if rest else keywords.get("inplace", False)
-        return None if inplace or len(rest) > 1 or keywords.keys() - {"inplace"} else "relu"
-    if function in _CLAMP and len(rest) <= 2 and not keywords.keys() - {"min", "max"}:
-        low = rest[0] if rest else keywords.get("min")
-        high = rest[1] if len(rest) == 2 else keywords.get("max")
-        # Not -0.0, which clamp_min passes on.
-        zero = type(low) in (int, float) and low == 0 and math.copysign(1, low) > 0
-        return "clamp" if zero and high is None else None
-    return None
+        return not (inplace or len(rest) > 1 or keywords.keys() - {"inplace"})
+    return function in _RELU and not rest and not keywords
 
 
-def observed(module: torch.nn.Module) -> str | None:
-    """Why a call of this module is not just its class's own forward, or None if it is."""
-    # A lazy module that has not been called yet has one of its own.
+def more_than_forward(module: torch.nn.Module) -> str | None:
+    """What a call of this module runs besides the forward of its class ("has hooks"), or None if nothing.
+
+    This decides what happens to modules with hooks: a Linear is not fused with its ReLU if either has a hook.
+    Both then run one after the other, and every hook fires at every call, with the tensors that it gets in an
+    unfused model. ``fuse`` asks this of each pair that it finds. ``LinearBeforeReLU`` asks it again at each
+    call, for hooks that are registered later, as ``nn.Sequential`` does for its members.
+    """
+    # A lazy module has a pre-hook of its own until its first call.
     if module._forward_hooks or len(module._forward_pre_hooks) > ("_initialize_hook" in module.__dict__):
-        return "it has hooks"
+        return "has hooks"
     if module._backward_hooks or module._backward_pre_hooks:
-        return "it has backward hooks"
+        return "has backward hooks"
     if "forward" in module.__dict__:
-        return "its forward is patched"
+        return "has a patched forward"
     if module._compiled_call_impl is not None:
-        return "it is compiled"
-    return None
-
-
-def _who_watches(linear: torch.nn.Module) -> str | None:
-    # A function of its own: somebody may have kept the forward, and called unfuse since.
-    if reason := observed(linear):
-        return f"of the Linear, {reason}"
-    if _has_any_global_hook() or torch.nn.Module.__call__ is not _MODULE_CALL:
-        return "a hook on every module sees the output of the Linear"
+        return "is compiled"
     return None
 
 
 class LinearBeforeReLU(nn.Linear):
-    """A Linear whose caller puts ReLU on its output, as fuse found out: for fuse to assign, not to build.
+    """The class that ``fuse`` gives to a Linear whose output always goes to ReLU; do not build it yourself.
 
-    Where the kernels run and nobody is looking, its forward computes ReLU too and returns a tensor that gives
-    the result to ReLU, and turns into the ordinary output when anything else is asked of it.
+    Where the kernels run, its forward computes ReLU too, and returns a tensor that hands the result to ReLU
+    and becomes the output of the Linear if anything else is asked of it.
     """
 
     @nn._scripted_as(nn._plain_linear)
@@ -84,21 +73,17 @@ class LinearBeforeReLU(nn.Linear):
         weight, bias = self.weight, self.bias
         if torch.nn.Linear.forward is not LINEAR_FORWARD:
             return super().forward(input)
-        if surely_unfused(input) or surely_too_little(input, (weight,)):
+        if surely_unfused(input, (weight,)):
             return functional.linear(input, weight, bias)
         if torch.compiler.is_compiling():
-            # A compiler sees the ReLU too, and could not look into a tensor that waits for it.
+            # A compiler sees the ReLU itself, and cannot trace a tensor that waits for it.
             return (functional.linear if forced() else F.linear)(input, weight, bias)
-        reason = (
-            functional.why_not_fused(input, weight, bias)
-            or _who_watches(self)
-            or self._why_not_wait(input, weight, bias)
-        )
+        reason = functional.why_not_fused(input, weight, bias) or _why_not_deferred(self, input, weight, bias)
         if reason is None:
-            return _Deferred.of(input, weight, bias)
+            return _DeferredOutput.of(input, weight, bias)
         if quiet() or forced():
             return functional.linear(input, weight, bias)
-        # Who records is told of the pair: functional.linear would say that there is no ReLU.
+        # Report the pair to explain() here: functional.linear would report a Linear without a ReLU.
         record(input, [weight], [bias], True, reason)
         try:
             return F.linear(input, weight, bias)
@@ -106,64 +91,59 @@ class LinearBeforeReLU(nn.Linear):
             functional._raise_clearer(error, input, weight, bias)
             raise
 
-    def _why_not_wait(self, *tensors: torch.Tensor | None) -> str | None:
-        if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors if t is not None):
-            # A later change in place of an inference tensor cannot be noticed: they have no version.
-            return "in inference mode the output of the Linear cannot wait for its ReLU"
-        return None
+
+# Tools go by the name of a layer's class, and repr shows it. Pickles use __qualname__, which stays.
+LinearBeforeReLU.__name__ = "Linear"
 
 
-class LinearBeforeClamp(LinearBeforeReLU):
-    """The same before ``clamp_min(0)``, whose gradient is not quite ReLU's: it waits only without one."""
-
-    def _why_not_wait(self, *tensors: torch.Tensor | None) -> str | None:
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None):
-            return "the gradient of clamp_min(0) is not quite ReLU's"
-        return super()._why_not_wait(*tensors)
-
-
-class LazyLinearBeforeReLU(nn.LazyLinear):
-    """A lazy one: what it is before its first call, which runs as ``nn.Linear``'s does."""
-
-    cls_to_become = LinearBeforeReLU
+# Not a method: a caller may have kept the bound forward, and unfuse has given the Linear another class since.
+def _why_not_deferred(linear: torch.nn.Module, *tensors: torch.Tensor | None) -> str | None:
+    """Why the output of the Linear must be computed at once, or None if it can wait for its ReLU."""
+    if reason := more_than_forward(linear):
+        return f"The Linear {reason}."
+    if _has_any_global_hook() or torch.nn.Module.__call__ is not _MODULE_CALL:
+        return "A hook on every module sees the output of the Linear."
+    if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors if t is not None):
+        # Inference tensors have no version, so a later change in place could not be noticed.
+        return "In inference mode the output of the Linear cannot wait for its ReLU."
+    return None
 
 
-class LazyLinearBeforeClamp(LazyLinearBeforeReLU):
-    cls_to_become = LinearBeforeClamp
+class _DeferredOutput(torch.Tensor):
+    """Stands for ``z = linear(x, weight, bias)``, holding ``y = relu(z)``, until it is known which is needed.
 
+        waiting ──ReLU──────────> ReLU taken     ReLU got y; other uses get z, but not its gradient
+           │
+           ├──anything else─────> (z itself)     this very object is now the ordinary tensor z
+           │
+           └──the same, but the
+              object cannot
+              become z──────────> linear only    every use gets z
 
-# Tools go by a layer's class name, and repr shows it. Pickles find a class by its __qualname__, which stays.
-LinearBeforeReLU.__name__ = LinearBeforeClamp.__name__ = "Linear"
-LazyLinearBeforeReLU.__name__ = LazyLinearBeforeClamp.__name__ = "LazyLinear"
-
-
-class _Deferred(torch.Tensor):
-    """Stands for ``z = linear(x, weight, bias)`` and holds ``y = relu(z)``, which is most likely asked next.
-
-    A tensor without memory, so that C++ code meets an error and never wrong values. ReLU of it is y. Whatever
-    else is asked of it, in Python or below, computes z first and turns this very object into it.
+    z is computed when it is first needed. This object has no memory, so that C++ code that reads it raises an
+    error instead of computing with wrong values.
     """
 
+    _state: Literal["waiting", "ReLU taken", "linear only"]
+    _y: torch.Tensor  # only while waiting
     _arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
     _versions: list[int]
     _grad_mode: bool
     _needs_grad: bool
     _autocast: torch.dtype | None
-    _y: torch.Tensor | None
-    _z: torch.Tensor | None
 
     @staticmethod
     def of(*arguments: Any) -> torch.Tensor:
-        # y is computed here, not when it is asked for: under these settings and from these values.
+        # Compute y now, from these values and under these settings: both may change before ReLU is called.
         y = functional.linear_relu(*arguments)
-        # requires_grad, so that whoever links this object into autograd's graph can be found out.
-        self: _Deferred = _TENSOR._make_wrapper_subclass(
-            _Deferred, y.shape, dtype=y.dtype, device=y.device, requires_grad=y.requires_grad
+        # With y's requires_grad, _known_to_autograd can tell whether this object got into autograd's graph.
+        self: _DeferredOutput = _TENSOR._make_wrapper_subclass(
+            _DeferredOutput, y.shape, dtype=y.dtype, device=y.device, requires_grad=y.requires_grad
         )
+        self._state, self._y = "waiting", y
         self._arguments, self._versions = arguments, _versions(arguments)
         self._grad_mode, self._needs_grad = torch.is_grad_enabled(), y.requires_grad
         self._autocast = autocast_dtype(y.device.type)
-        self._y, self._z = y, None
         return self
 
     @classmethod
@@ -172,86 +152,87 @@ class _Deferred(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if args and type(args[0]) is cls:
-            y = args[0]._relu(which_relu(func, args[1:], kwargs))
-            if y is not None:
+            if is_relu(func, args[1:], kwargs) and (y := args[0]._give_y()) is not None:
                 return y
-            if func in _WATCHES_GRADIENT:
+            if func in _ASKS_FOR_GRADIENT:
                 args[0]._refuse_after_relu()
         if func in _TAKES_INPUTS:
             tree_map_only(cls, cls._refuse_after_relu, (args[_TAKES_INPUTS[func] :], kwargs.get("inputs")))
-        args, kwargs = tree_map_only(cls, cls._settle, (args, kwargs))
+        args, kwargs = tree_map_only(cls, cls._become_z, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = tree_map_only(cls, cls._unlinked, (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, cls._z_without_gradient, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def _refuse_after_relu(self) -> None:
-        if self._y is None and self._grad_mode:
+        if self._state == "ReLU taken" and self._grad_mode:
             raise RuntimeError(
                 "the gradient of a Linear's output is asked for after ReLU was fused into the Linear; "
                 "call fusedmlp.unfuse(model), or ask before the ReLU"
             )
 
-    def _relu(self, kind: str | None) -> torch.Tensor | None:
-        y = self._y
+    def _give_y(self) -> torch.Tensor | None:
+        """y for the first ReLU, or None if ReLU has to be computed from z."""
         if (
-            kind is None
-            or y is None
+            self._state != "waiting"
             or torch.is_grad_enabled() != self._grad_mode
-            or (y.requires_grad and (kind == "clamp" or self._known_to_autograd()))
+            or (self._needs_grad and self._known_to_autograd())
         ):
             return None
-        self._y = None  # only once: a second ReLU gives a second tensor
+        y, self._state = self._y, "ReLU taken"
+        del self._y  # a second ReLU must return a second tensor
         return y
 
-    def _settle(self) -> torch.Tensor:
-        """z, which this object then is, if it can be."""
+    def _become_z(self) -> torch.Tensor:
+        """Turn this object into z and return it; if that cannot be, return z."""
         if self._known_to_autograd():
-            return self._unlinked()
-        z = self._value()
-        if self._y is not None:  # once y is given away, the gradient of z is not y's: keep watch
-            self._y = None
-            try:
-                torch.utils.swap_tensors(self, z)
-            except RuntimeError:  # somebody has a weak reference
-                return z
-            return self
-        return z
+            return self._z_without_gradient()
+        z = self._z
+        if self._state != "waiting":  # once ReLU took y, this object stays: it refuses to give z's gradient
+            return z
+        self._state = "linear only"
+        del self._y
+        try:
+            torch.utils.swap_tensors(self, z)
+        except RuntimeError:  # the object has a weak reference
+            return z
+        z.__dict__.clear()  # the two have swapped: this is the deferred object, which would keep x alive
+        return self
 
-    def _unlinked(self) -> torch.Tensor:
-        """z for who has linked this object, and not z, into autograd's graph: only without gradients."""
-        z = self._value()
+    def _z_without_gradient(self) -> torch.Tensor:
+        """z for code that put this object into autograd's graph in place of z: only if z has no gradient."""
         with torch._C.DisableTorchFunctionSubclass():
             linked = self.requires_grad
-        if z.requires_grad or linked:
+        if self._z.requires_grad or linked:
             raise RuntimeError(
                 "the output of a Linear that fuse paired with a ReLU went to an autograd.Function or to C++ "
                 "code, where its gradient would be lost; call fusedmlp.fuse(model) again, or unfuse(model)"
             )
-        return z
-
-    def _value(self) -> torch.Tensor:
-        if self._z is None:
-            x = self._arguments[0]
-            if _versions(self._arguments) != self._versions:
-                raise RuntimeError(
-                    "the output of a Linear that fuse paired with a ReLU is used after its input, weight or "
-                    "bias was changed in place; call fusedmlp.fuse(model) again, or fusedmlp.unfuse(model)"
-                )
-            with (
-                torch.inference_mode(False),
-                torch.set_grad_enabled(self._grad_mode),
-                torch.autocast(x.device.type, dtype=self._autocast, enabled=self._autocast is not None),
-            ):
-                self._z = F.linear(*self._arguments)
         return self._z
 
+    @functools.cached_property
+    def _z(self) -> torch.Tensor:
+        """The output of the Linear under the settings of its call."""
+        if _versions(self._arguments) != self._versions:
+            raise RuntimeError(
+                "the output of a Linear that fuse paired with a ReLU is used after its input, weight or "
+                "bias was changed in place; call fusedmlp.fuse(model) again, or fusedmlp.unfuse(model)"
+            )
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(self._grad_mode),
+            torch.autocast(
+                self._arguments[0].device.type, dtype=self._autocast, enabled=self._autocast is not None
+            ),
+        ):
+            return F.linear(*self._arguments)
+
     def _known_to_autograd(self) -> bool:
-        """Whether an autograd.Function has taken this object, and holds a reference, or returned it."""
+        """True if an autograd.Function has taken this object and holds a reference to it, or returned it."""
         with torch._C.DisableTorchFunctionSubclass():
             uses = self._use_count()  # type: ignore[attr-defined, unused-ignore]  # not in every version's types
             return uses > 1 or self.requires_grad is not self._needs_grad or not self.is_leaf

@@ -1,11 +1,9 @@
-"""Which Linear of a module's own forward is followed by ReLU: torch.fx runs it, and it is only read."""
+"""Find the Linears that ReLU follows in a module's own ``forward``: torch.fx traces a copy of the module."""
 
 import contextlib
 import inspect
 import io
 import logging
-import random
-import sys
 import textwrap
 import warnings
 import weakref
@@ -17,75 +15,80 @@ from torch.fx.proxy import Proxy, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fusedmlp.convert.pending_relu import observed, which_relu
-from fusedmlp.torch_tools.model_copy import twin
+from fusedmlp.convert.pending_relu import is_relu, more_than_forward
+from fusedmlp.torch_tools.model_state import copy_with, random_state_kept
 
-# A branch on a value that is unknown is taken both ways, up to so many ways through one forward, ...
-_MOST_PATHS = 8
-# ... and so many branches on the way; the others are taken as if it were False, ...
-_MOST_BRANCHES = 64
-# ... and a loop that goes on for as long as it is False ends after so many rounds.
-_MOST_ROUNDS = 1000
+_MOST_PATHS = 8  # through one forward: a branch on an unknown value is taken both ways
+_MOST_BRANCHES = 400  # on one path: a loop may run for as long as the unknown value is False
 
 
 class Call(NamedTuple):
-    """One call of a Linear: the kind of ReLU that takes its output, or why none does."""
+    """One call of a Linear: why its output does not go to ReLU only, or an empty reason if it does."""
 
     linear: torch.nn.Module
-    kind: str | None
     reason: str
 
 
 def calls_in_forward(
     module: torch.nn.Module, linears: Iterable[torch.nn.Module]
 ) -> tuple[list[Call], str | None]:
-    """All calls of these Linears that this module's own forward makes, and why it cannot be traced, if so.
+    """All calls of these Linears in the module's own forward, and why it cannot be read, or None.
 
-    The output must have one user, ReLU out of place. Every other module is one step, whatever is in it.
-    Parameters with a default keep it, ``*args`` and ``**kwargs`` are empty. A way through the forward that
-    raises counts up to there, as long as another one reaches the end. It is a copy that runs, and the module
-    stays as it is. What a forward does elsewhere stays done: a cache of its Python module, for one, or what
-    is written through a NumPy view of a tensor.
+    Other modules that it calls are not traced into. Arguments with a default keep it, ``*args`` and
+    ``**kwargs`` are empty. A path that raises counts up to there if another path reaches the end.
     """
+    if "forward" in module.__dict__:
+        return [], "is patched"
     wanted = set(linears)
-    calls, error = _calls_on_all_paths(module, wanted, False)
-    if error is not None:
-        # Real parameters let code ask for their shapes and types; stand-ins go where unknown sizes go.
-        calls, still = _calls_on_all_paths(module, wanted, True)
-        error = error if still is not None else None
-    return calls, error
+    # With real parameters a forward can ask for their shapes and dtypes.
+    calls, error = _calls_on_all_paths(module, wanted, proxy_parameters=False)
+    if error is None:
+        return calls, None
+    # With proxies for the parameters it can combine them with sizes that depend on the input.
+    calls, second_error = _calls_on_all_paths(module, wanted, proxy_parameters=True)
+    return calls, f"cannot be traced: {error}" if second_error else None
 
 
 def _calls_on_all_paths(
-    module: torch.nn.Module, linears: set[torch.nn.Module], stand_ins: bool
+    module: torch.nn.Module, linears: set[torch.nn.Module], proxy_parameters: bool
 ) -> tuple[list[Call], str | None]:
-    forks: list[bool] = []
+    branches: list[bool] = []
     seen: list[Call] = []
-    reached: set[torch.nn.Module] | None = None  # by a path that comes to its end
+    reached: set[torch.nn.Module] | None = None  # Linears on the paths that reach the end
     error = None
+    memory: set[int] = set()
+
+    def same_memory(data: torch.Tensor) -> torch.Tensor:
+        memory.add(_memory_of(data))
+        return data
+
     for _ in range(_MOST_PATHS):
-        try:
-            twin = _Twin(module)  # a new one each time, as one way may leave values for the next
+        memory.clear()
+        try:  # a new copy for each path, which may leave values in it
+            copied, memo = copy_with(module, same_memory)
         except Exception as problem:
             return [], f"it cannot be copied: {_in_words(problem)}"
-        tracer = _Tracer(linears, forks, stand_ins, twin.originals)
-        with _OnCopies(twin.shared), tracer.functions_as_steps():
+        # By the memo and not by position: a copy may differ from its original.
+        originals = {memo.get(id(one), one): one for one in module.modules()}
+        tracer = _Tracer(linears, branches, proxy_parameters, originals)
+        with _CopyOnWrite(memory), tracer.functions_as_steps():
+            complete = False
             try:
-                tracer.trace(twin.module)
-            except (Exception, SystemExit) as problem:
-                error, complete = error or _in_words(problem), False
-            else:
+                tracer.trace(copied)
                 complete = True
+            except (Exception, SystemExit) as problem:
+                error = error or _in_words(problem)
             calls = tracer.calls(complete)
         seen += calls
         if complete:
             reached = (reached or set()).union(call.linear for call in calls)
-        forks = tracer.forks
-        while forks and forks[-1]:
-            forks.pop()
-        if not forks:
+        # The next path takes the last branch that was False the other way.
+        branches = tracer.branches
+        while branches and branches[-1]:
+            branches.pop()
+        if not branches:
             break
-        forks[-1] = True
+        branches[-1] = True
     if reached is None:
         return [], error
     return [call for call in seen if call.linear in reached], None
@@ -93,13 +96,11 @@ def _calls_on_all_paths(
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Run others' code without a word on the terminal, and without drawing its random numbers."""
-    numpy = sys.modules.get("numpy")
-    state = random.getstate(), numpy and numpy.random.get_state()
+    """Run a model's code without its prints, warnings and logs, and keep the global random states."""
     disabled = logging.root.manager.disable
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with (
-        torch.random.fork_rng(devices),
+        random_state_kept(devices),
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
@@ -110,81 +111,71 @@ def quietly() -> Iterator[None]:
             yield
         finally:
             logging.disable(disabled)
-            random.setstate(state[0])
-            if numpy:
-                numpy.random.set_state(state[1])
 
 
 class _Tracer(torch.fx.Tracer):
-    """Writes down one way through a forward; ``forks`` are the decisions to take, then those taken."""
+    """Traces one path through a forward: its first branches go as planned, and ``branches`` records all."""
 
     def __init__(
         self,
         linears: set[torch.nn.Module],
-        forks: list[bool],
-        stand_ins: bool,
+        planned: list[bool],
+        proxy_parameters: bool,
         originals: dict[torch.nn.Module, torch.nn.Module],
     ) -> None:
         super().__init__()
-        self.linears, self.stand_ins, self.originals = linears, stand_ins, originals
+        self.linears, self.proxy_parameters, self.originals = linears, proxy_parameters, originals
+        self.planned, self.branches = planned, list[bool]()
         self.modules: dict[torch.fx.Node, torch.nn.Module] = {}
         self.outputs: list[tuple[torch.fx.Node, weakref.ref[Proxy]]] = []
-        self.planned = forks
-        self.forks: list[bool] = []
-        self.rounds = 0
 
     def calls(self, complete: bool) -> list[Call]:
         found = []
         for node, proxy in self.outputs:
             if node.users or complete:
-                kind, reason = self._taken_by(node)
-                if kind and complete and proxy() is not None:
-                    kind, reason = None, "its output is kept for later"
-                found.append(Call(self.modules[node], kind, reason))
+                reason = self._why_not_relu(node)
+                if not reason and complete and proxy() is not None:
+                    reason = "its output is kept for later"
+                found.append(Call(self.modules[node], reason))
         return found
 
-    def _taken_by(self, node: torch.fx.Node) -> tuple[str | None, str]:
+    def _why_not_relu(self, node: torch.fx.Node) -> str:
+        if more := more_than_forward(self.modules[node]):
+            return f"it {more}"
         if len(node.users) != 1:
-            return None, f"its output is used {len(node.users)} times"
+            return f"its output is used {len(node.users)} times"
         (user,) = node.users
         if user.op == "output":
-            return None, "its output is returned"
+            return "its output is returned"
         if user.op == "call_module":
             module = self.modules[user]
             if type(module) is not torch.nn.ReLU:
-                return None, f"its output goes to {type(module).__name__}"
+                return f"its output goes to {type(module).__name__}"
             if module.inplace:
-                return None, "ReLU works in place"
-            reason = observed(module)
-            return (None, f"of its ReLU, {reason}") if reason else ("relu", "")
+                return "ReLU works in place"
+            more = more_than_forward(module)
+            return f"its ReLU {more}" if more else ""
         function = getattr(torch.Tensor, user.target, None) if user.op == "call_method" else user.target  # type: ignore[arg-type]
         name = getattr(user.target, "__name__", str(user.target))
         if name == "relu_" or (name == "relu" and True in (*user.args[1:2], user.kwargs.get("inplace"))):
-            return None, "ReLU works in place"
-        if not user.args or user.args[0] is not node:
-            return None, f"its output goes to {name}"
-        kind = which_relu(function, user.args[1:], user.kwargs)
-        return kind, "" if kind else f"its output goes to {name}"
+            return "ReLU works in place"
+        if user.args and user.args[0] is node and is_relu(function, user.args[1:], user.kwargs):
+            return ""
+        return f"its output goes to {name}"
 
-    # --- what torch.fx asks ---
+    # --- methods that torch.fx calls ---
 
     def create_args_for_root(self, root_fn: Callable[..., Any], *_: Any) -> tuple[Any, list[Any]]:
-        positional, keywords = [], {}
-        for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]:
-            if parameter.default is parameter.empty and parameter.kind not in (
-                parameter.VAR_POSITIONAL,
-                parameter.VAR_KEYWORD,
-            ):
-                proxy = self.create_proxy("placeholder", name, (), {})
-                if parameter.kind is parameter.KEYWORD_ONLY:
-                    keywords[name] = proxy
-                else:
-                    positional.append(proxy)
-
-        def forward(*arguments: Any) -> Any:
-            return root_fn(*arguments, **keywords)
-
-        return forward, [self.root, *positional]
+        proxies = [
+            (parameter.kind, name, self.create_proxy("placeholder", name, (), {}))
+            for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
+        keyword_only = inspect.Parameter.KEYWORD_ONLY
+        keywords = {name: proxy for kind, name, proxy in proxies if kind is keyword_only}
+        positional = [proxy for kind, _, proxy in proxies if kind is not keyword_only]
+        return lambda *arguments: root_fn(*arguments, **keywords), [self.root, *positional]
 
     def call_module(
         self, m: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
@@ -196,26 +187,24 @@ class _Tracer(torch.fx.Tracer):
         return proxy
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if self.stand_ins and isinstance(attr_val, torch.Tensor):
+        if self.proxy_parameters and isinstance(attr_val, torch.Tensor):
             return self.create_proxy("get_attr", attr, (), {})
         return attr_val
 
     def create_arg(self, a: Any) -> Any:
-        # torch.fx would look for its name, and else put it into the module; here nobody will run the graph.
+        # torch.fx would look up the tensor's name or store it in the module. This graph is never run.
         return "a tensor" if isinstance(a, torch.Tensor) else super().create_arg(a)
 
     def to_bool(self, obj: Proxy) -> bool:
-        if len(self.forks) == _MOST_BRANCHES:
-            self.rounds += 1
-            if self.rounds > _MOST_ROUNDS:
-                raise TraceError(f"more than {_MOST_BRANCHES + _MOST_ROUNDS} branches")
-            return False
-        self.forks.append(self.planned[len(self.forks)] if len(self.forks) < len(self.planned) else False)
-        return self.forks[-1]
+        at = len(self.branches)
+        if at == _MOST_BRANCHES:
+            raise TraceError(f"more than {_MOST_BRANCHES} branches")
+        self.branches.append(at < len(self.planned) and self.planned[at])
+        return self.branches[-1]
 
     @contextlib.contextmanager
     def functions_as_steps(self) -> Iterator[None]:
-        """Do not look into an autograd.Function: what its forward does says nothing of its backward."""
+        """Do not trace into an autograd.Function: a ReLU in its forward may have any backward."""
         original = torch.autograd.Function.__dict__["apply"]
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -231,29 +220,14 @@ class _Tracer(torch.fx.Tracer):
 
 
 def _in_words(problem: BaseException) -> str:
+    """The type of an error, and the first sentence of its message."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     text = textwrap.shorten(lines[0].split(". ")[0].rstrip("."), 120, placeholder=" ...") if lines else ""
     return f"{type(problem).__name__}: {text}" if text else type(problem).__name__
 
 
-class _Twin:
-    """A copy of a module, to run: its tensors are new objects, with a version and flags of their own, over
-    the module's memory, for _OnCopies to protect."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.shared: set[int] = set()
-
-        def same_memory(data: torch.Tensor) -> torch.Tensor:
-            self.shared.add(_memory(data))
-            return data
-
-        self.module, memo = twin(module, same_memory)
-        # For what is asked of a module: a copy may leave out that it is compiled, for one.
-        self.originals = {memo.get(id(one), one): one for one in module.modules()}
-
-
-class _OnCopies(TorchDispatchMode):
-    """Operators that write, write into copies of what lies in this memory."""
+class _CopyOnWrite(TorchDispatchMode):
+    """Operators that would write to this memory, which is the model's, write to a copy of it instead."""
 
     def __init__(self, memory: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -266,11 +240,11 @@ class _OnCopies(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _or_copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone() if _memory(tensor) in self.memory else tensor
+        return tensor.clone() if _memory_of(tensor) in self.memory else tensor
 
 
-def _memory(tensor: torch.Tensor) -> int:
+def _memory_of(tensor: torch.Tensor) -> int:
     try:
         return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse, for one
+    except (NotImplementedError, RuntimeError):  # sparse tensors have no storage, for example
         return id(tensor)

@@ -1,4 +1,4 @@
-"""What the caller has chosen: which implementation is to run in this thread, and who is told of it."""
+"""Which backend the caller chose in this thread, and whether ``explain()`` records the calls."""
 
 import contextlib
 import threading
@@ -8,29 +8,31 @@ from typing import Literal, NamedTuple
 import torch
 
 Backend = Literal["auto", "triton", "torch"]
+Weights = Sequence[torch.Tensor]  # of a chain, one for each layer
+Biases = Sequence[torch.Tensor | None]
 
 _BACKENDS = ("auto", "triton", "torch")
-MEASURING = "measuring"  # the kernels' path, each product of it where it was measured to be faster
+MEASURING = "measuring"  # tune's own: the kernels run even where they may not be faster
 
 
 class Run(NamedTuple):
-    """A stretch of layers as it ran: what explain() is told."""
+    """One call of a chain of layers, as ``explain()`` records it."""
 
     x: torch.Tensor
-    weights: Sequence[torch.Tensor]
-    biases: Sequence[torch.Tensor | None]
+    weights: Weights
+    biases: Biases
     final_relu: bool
-    reason: str | None  # why not on the kernels
-    basis: str | None  # why on the kernels
+    reason: str | None  # why it does not run on the kernels, or None if it does
+    basis: str | None  # why it runs on the kernels, or None if it does not
 
 
 class _Chosen(threading.local):
-    """What holds in this thread. torch.compile cannot trace a ContextVar in torch 2.11."""
+    """The choice in this thread. torch.compile cannot trace a ContextVar in torch 2.11."""
 
-    def __init__(self) -> None:  # in every thread; with defaults in the class torch 2.11 would trace those
+    def __init__(self) -> None:  # runs in every thread; torch 2.11 would trace defaults in the class
         self.backend: str = "auto"
-        self.note: Callable[[Run], None] | None = None  # who is told of every stretch
-        self.quiet = True  # neither forced nor recorded: what a call on the CPU looks at
+        self.note: Callable[[Run], None] | None = None  # explain()'s: called before each chain runs
+        self.quiet = True  # no backend is forced and nothing records, so that nobody needs a reason
 
 
 chosen = _Chosen()
@@ -45,21 +47,27 @@ def _choose(backend: str, note: Callable[[Run], None] | None) -> None:
 def backend(name: Backend) -> Iterator[None]:
     """Choose what runs inside the ``with`` block, in this thread.
 
-    - ``"auto"``, the default: the Triton kernels where they can run and were measured to win, and where
-      nothing was measured, where they should; else PyTorch's operators;
+    - ``"auto"``, the default: the Triton kernels where they can run and were measured to be faster, or where
+      nothing was measured, where they should be faster; else PyTorch's operators;
     - ``"triton"``: the kernels throughout, or a RuntimeError with the reason why they cannot run;
     - ``"torch"``: PyTorch's operators.
 
     The backward of a layer runs on what its forward ran on. Activation checkpointing runs the forward again
     during the backward, on a GPU in another thread: give it this context by its ``context_fn``. Under
-    ``torch.compile`` the kernels are operators in the compiler's graph, and PyTorch's operators are the
-    compiler's to fuse. Raises ValueError for any other name.
+    ``torch.compile`` the kernels are operators in the compiler's graph, and the compiler fuses PyTorch's
+    operators itself. Raises ValueError for any other name.
 
     >>> with fusedmlp.backend("torch"):
     ...     y = model(x)
     """
     if name not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {name!r}")
+    with _using(name):
+        yield
+
+
+@contextlib.contextmanager
+def _using(name: str) -> Iterator[None]:
     before = chosen.backend
     _choose(name, chosen.note)
     try:
@@ -68,20 +76,14 @@ def backend(name: Backend) -> Iterator[None]:
         _choose(before, chosen.note)
 
 
-@contextlib.contextmanager
-def measuring() -> Iterator[None]:
-    """Inside, in this thread, the kernels' path is taken as "auto" takes it, worth it or not."""
-    before = chosen.backend
-    _choose(MEASURING, chosen.note)
-    try:
-        yield
-    finally:
-        _choose(before, chosen.note)
+def measuring() -> contextlib.AbstractContextManager[None]:
+    """Inside, in this thread, chains run as under "auto" where the kernels are known to be faster."""
+    return _using(MEASURING)
 
 
 @contextlib.contextmanager
 def recorded(note: Callable[[Run], None]) -> Iterator[None]:
-    """Inside, in this thread, ``note`` is told of every stretch of fused layers right before it runs."""
+    """Inside, in this thread, ``note`` is called for every chain of layers right before it runs."""
     before = chosen.note
     _choose(chosen.backend, note)
     try:
@@ -91,20 +93,15 @@ def recorded(note: Callable[[Run], None]) -> Iterator[None]:
 
 
 def forced() -> bool:
-    """Whether ``backend("triton")`` is in force."""
+    """True under ``backend("triton")``."""
     return chosen.backend == "triton"
 
 
 def insists() -> bool:
-    """Whether a kernel that fails is to raise, and nothing else may run in its place."""
+    """True if a kernel that fails must raise, so that nothing else runs in its place."""
     return chosen.backend in ("triton", MEASURING)
 
 
-def plain_torch() -> bool:
-    """Whether ``backend("torch")`` is in force."""
-    return chosen.backend == "torch"
-
-
 def quiet() -> bool:
-    """Whether a call with nothing to fuse may go straight to PyTorch: neither forced nor recorded."""
+    """True if no backend is forced and nothing records, so that nobody needs a reason in words."""
     return chosen.quiet

@@ -1,9 +1,10 @@
-"""float32 products without a gradient by oneDNN, on the CPUs where MKL's takes twice the time.
+"""A chain on PyTorch's operators, with oneDNN's float32 products where MKL's take twice the time.
 
 PyTorch's float32 product is MKL's, which makes no use of AVX-512 on AMD's CPUs; oneDNN's does: 1.15 to 2.6
-times as fast within the limits below, on one thread of an AMD EPYC (Zen 5, torch 2.14.1). On Intel's it is
-0.85 to 1.2 times as fast, and stays out. The ReLU is PyTorch's, in place: oneDNN's own makes 0 of NaN, and
-that is why its fused Linear+ReLU for bfloat16, 1.02 to 1.3 times as fast there, is not used.
+times as fast within the limits below, on one thread of an AMD EPYC (Zen 5, torch 2.14.1). On Intel's CPUs it
+is 0.85 to 1.2 times as fast, and not used. oneDNN's product has no gradient. The ReLU is PyTorch's, in place:
+oneDNN's own turns NaN into 0, which is why its fused Linear+ReLU for bfloat16, 1.02 to 1.3 times as fast
+there, is not used.
 """
 
 import functools
@@ -13,47 +14,49 @@ import torch
 from torch import is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn import functional as F
 
 from fusedmlp.dispatch import reference
-from fusedmlp.dispatch.backend_choice import plain_torch
+from fusedmlp.dispatch.backend_choice import Biases, Weights, chosen
+from fusedmlp.dispatch.reference import relu_forward, watched
 from fusedmlp.torch_tools.patched import why_patched
 
-_tracing_state = torch._C._get_tracing_state  # by name: small calls count
+_Tensor, _tracing_state = torch.Tensor, torch._C._get_tracing_state  # by name, as small calls ask
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _LEAST_PRODUCTS = 2_000_000  # multiplications per thread: below, its 10 us a call are more than it saves
 _LEAST_ROWS = 8  # below, both wait for the weight to come from memory
 _LEAST_INPUTS = 2048  # below, nothing else is asked: at batch 1 that would be a tenth of the call
-# Its sums are longer chains than MKL's: of 1024 terms the error is 1.6 times MKL's in RMS, of 2048 2.2 times.
+# It adds up longer runs of terms than MKL: for 1024 terms the error is 1.6 times MKL's in RMS, for 2048 2.2.
 MOST_TERMS = 1024
 
 
-def off() -> bool:
-    """The quickest sign that there is nothing here to take: gradients, or who traces, of any size.
-
-    torch.jit.trace compares what it traced with and without gradients, down to the lines of the source.
-    """
-    return is_grad_enabled() or is_compiling() or _tracing_state() is not None
-
-
-def too_small(x: torch.Tensor) -> bool:
-    """The next quickest: not a float32 tensor of some size."""
-    return x.dtype is not torch.float32 or x.numel() < _LEAST_INPUTS
+def mlp_forward(x: torch.Tensor, weights: Weights, biases: Biases, final_relu: bool) -> torch.Tensor:
+    """``x (..., K)`` through each ``weight (N, K)``, with a ReLU between the layers: ``(..., N)``."""
+    last = len(weights) - 1
+    # torch.jit.trace compares what it traced with and without gradients, down to the lines of the source.
+    if is_grad_enabled() or is_compiling() or _tracing_state() is not None:
+        return reference.mlp_forward(x, weights, biases, final_relu, last)[0]
+    for i, weight in enumerate(weights):
+        x = linear_forward(x, weight, biases[i], final_relu or i < last)
+    return x
 
 
 def linear_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool
 ) -> torch.Tensor:
     """``x (..., K) @ weight.T (K, N) + bias (N,)``, then ReLU if asked: ``(..., N)``."""
-    # off() and too_small(), inline and by cost: small calls count. No size is asked of who traces.
+    # The first questions of why_not, by cost, as every small call asks them. No tracer is asked for a size.
     if (
         is_grad_enabled()
         or is_compiling()
         or _tracing_state() is not None
+        or type(x) is not _Tensor
         or x.numel() < _LEAST_INPUTS
         or x.dtype is not torch.float32
         or why_not(x, weight, bias) is not None
     ):
-        return reference.linear_forward(x, weight, bias, relu)
+        y = F.linear(x, weight, bias)
+        return relu_forward(y, not watched()) if relu else y
     y = product(x, weight, bias)
     return y.relu_() if relu else y
 
@@ -65,70 +68,66 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 
 def why_not(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    """None if this layer is one for oneDNN, else the reason why not."""
-    if torch.compiler.is_compiling():
-        return "torch.compile has a product of its own"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit is tracing"
-    if torch.is_grad_enabled():
-        return "grad mode is on, and oneDNN's product has no gradient"
-    if (
-        type(x) is not torch.Tensor
-        or type(weight) not in _PLAIN
-        or not (bias is None or type(bias) in _PLAIN)
-    ):
-        return "a tensor is not a plain torch.Tensor"
+    """None if oneDNN computes this layer, else the reason why not."""
+    if is_compiling():
+        return "torch.compile has a product of its own."
+    if _tracing_state() is not None:
+        return "This call is being traced by torch.jit."
+    if is_grad_enabled():
+        return "Grad mode is on, and oneDNN's product has no gradient."
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if type(x) is not torch.Tensor or not all(type(t) in _PLAIN for t in tensors):
+        return "A tensor is not a plain torch.Tensor."
     shape = weight.shape
     if (reason := why_not_here()) is not None:
         return reason
     columns = x.shape[-1] if x.dim() else 0
     if len(shape) != 2 or columns != shape[1] or not (bias is None or bias.shape == shape[:1]):
-        return "the shapes do not fit"
+        return "The shapes do not fit."
     if columns > MOST_TERMS:
-        return f"over sums of more than {MOST_TERMS} terms oneDNN's error grows beyond MKL's"
+        return f"In sums of more than {MOST_TERMS} terms oneDNN's error is larger than MKL's."
     if x.numel() < max(_LEAST_INPUTS, _LEAST_ROWS * columns) or not pays(x.numel() * shape[0], columns):
-        return "too little to pay for the call"
-    tensors = (x, weight) if bias is None else (x, weight, bias)
+        return "The product is too little to pay for the call."
     if not all(t.dtype is torch.float32 and t.is_cpu and t.layout is torch.strided for t in tensors):
-        return "a tensor is not float32 on the CPU"
+        return "A tensor is not float32 on the CPU."
     if not all(t.is_contiguous() and not t.is_neg() for t in tensors):
-        return "a tensor is not contiguous"
+        return "A tensor is not contiguous."
     if torch.is_autocast_enabled("cpu"):
-        return "autocast keeps the weights that it cast"
+        return "Autocast is on, and keeps the weights that it has cast."
     if (reason := why_switched_off() or why_patched()) is not None:
         return reason
-    if reference.watched() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return "a mode or a transform is active"
+    if watched() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "A mode or a transform is active."
     return None
 
 
 def why_switched_off() -> str | None:
-    """What the settings of the caller say against it."""
-    if plain_torch():
-        return "backend('torch') is in force"
+    """The reason against oneDNN in the caller's settings, or None."""
+    if chosen.backend == "torch":
+        return "The caller chose backend('torch')."
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     if not torch._C._get_mkldnn_enabled() or matmul.fp32_precision not in ("none", "ieee"):
-        return "torch.backends.mkldnn is set to something else"
+        return "The settings of torch.backends.mkldnn ask for something else."
     return None
 
 
 def pays(multiplications: int, terms: int) -> bool:
-    """Whether a product of so many multiplications, in sums of so many terms, is right and worth it."""
+    """True if a product of so many multiplications, in sums of so many terms, is faster and accurate."""
     return multiplications >= _LEAST_PRODUCTS * torch.get_num_threads() and terms <= MOST_TERMS
 
 
 @functools.cache
 def why_not_here() -> str | None:
-    """The reason against this CPU and this PyTorch."""
+    """The reason against oneDNN on this CPU and in this PyTorch, or None."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
-        return "this PyTorch has no choice between MKL and oneDNN"
+        return "This PyTorch has no choice between MKL and oneDNN."
     if not (_is_zen_5() and torch.backends.cpu.get_cpu_capability() == "AVX512"):
-        return "on this CPU oneDNN's product is not known to be faster"
-    return None if _is_right() else "this PyTorch's oneDNN did not give the right values"
+        return "On this CPU oneDNN's product is not known to be faster."
+    return None if _is_right() else "This PyTorch's oneDNN did not give the right values."
 
 
 def _is_zen_5() -> bool:
-    """Or newer: AMD's first with full-width AVX-512 units."""
+    """True on Zen 5 or newer, AMD's first CPUs with full-width AVX-512 units."""
     try:
         about = pathlib.Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:  # not Linux
@@ -139,19 +138,15 @@ def _is_zen_5() -> bool:
 
 
 def _is_right() -> bool:
-    """Whether the operator, which is private to PyTorch, still does what is said here."""
+    """True if the operator, which is private to PyTorch, still computes what :func:`product` says."""
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(s, generator=generator) for s in ((2, 9, 100), (17, 100), (17,)))
     x[0, 0, 0], x[0, 1, 1], x[0, 2, 2] = torch.nan, torch.inf, -torch.inf
     try:
         with torch.no_grad():
             for b in (bias, None):
-                exact = torch.nn.functional.linear(
-                    x.double(), weight.double(), None if b is None else b.double()
-                )
-                torch.testing.assert_close(
-                    product(x, weight, b), exact.float(), rtol=1e-5, atol=1e-4, equal_nan=True
-                )
+                exact = F.linear(x.double(), weight.double(), None if b is None else b.double()).float()
+                torch.testing.assert_close(product(x, weight, b), exact, rtol=1e-5, atol=1e-4, equal_nan=True)
     except (AttributeError, RuntimeError, TypeError, AssertionError):
         return False
     return True

@@ -1,50 +1,91 @@
-"""The kernels' launchers as operators of ``torch.library``: what a compiler can see without looking inside.
+"""Run the kernels' ``mlp_forward`` and ``mlp_backward``.
 
-Only while compiling: an eager call of such an operator costs ten times what a call of the launcher does.
+In eager code they are called directly. A compiler sees them as operators of ``torch.library`` instead, into
+which it does not look; an eager call of such an operator would cost ten times what the direct call does. Once
+a kernel has failed on a device, the functions of the same names in ``reference`` run in their place there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from fusedmlp.dispatch import predicate, reference
+from fusedmlp.dispatch.backend_choice import Biases, Weights
+from fusedmlp.dispatch.reference import Gradients
+from fusedmlp.torch_tools.warn import warn
+
+HOW_TO_REPORT = "To report this, run: python -m fusedmlp --report problem.txt"
+
+
+class Needs(NamedTuple):
+    """Which gradients a chain's backward computes, and the lowest layer that has one to compute."""
+
+    lowest: int
+    x: bool
+    weights: Sequence[bool]
+    biases: Sequence[bool]
 
 
 def mlp_forward(
     x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
+    weights: Weights,
+    biases: Biases,
     final_relu: bool,
     keep: int,
     forced: bool,
+    insist: bool,
 ) -> list[torch.Tensor]:
-    """``kernels.mlp_forward``, x (M, K)."""
-    ys: list[torch.Tensor] = _forward(x, list(weights), list(biases), final_relu, keep, forced)
+    """``kernels.mlp_forward`` of x (M, K). insist: raise KernelFailed rather than use ``reference``."""
+    ys: list[torch.Tensor]
+    if is_compiling():
+        ys = _forward(x, list(weights), list(biases), final_relu, keep, forced)
+    else:
+        ys = _kernels_or_reference("mlp_forward", insist, x, weights, biases, final_relu, keep, forced)
     return ys
 
 
 def mlp_backward(
     grad_output: torch.Tensor,
-    activations: Sequence[torch.Tensor | None],
-    weights: Sequence[torch.Tensor | None],
+    activations: list[torch.Tensor | None],
+    weights: list[torch.Tensor | None],
     final_relu: bool,
-    lowest: int,
-    need_x: bool,
-    need_weights: Sequence[bool],
-    need_biases: Sequence[bool],
+    needs: Needs,
     forced: bool,
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """``kernels.mlp_backward``: None where no gradient is needed, which an operator cannot return."""
-    needs = [need_x, *need_weights, *need_biases]
-    found = iter(
-        _backward(
-            grad_output, list(activations), list(weights), final_relu, lowest,
-            need_x, list(need_weights), list(need_biases), forced,
-        )
-    )  # fmt: skip
-    grads = [next(found) if need else None for need in needs]
+    insist: bool,
+) -> Gradients:
+    """``kernels.mlp_backward``: the gradients of x, weights and biases, each None if it is not needed."""
+    arguments: Any = grad_output, activations, weights, final_relu, *needs, forced
+    grads: Gradients
+    if not is_compiling():
+        grads = _kernels_or_reference("mlp_backward", insist, *arguments)
+        return grads
+    _, need_x, need_weights, need_biases = needs
+    found = iter(_backward(*arguments))  # an operator cannot return None, so these are only the needed ones
+    one_by_one = [next(found) if need else None for need in (need_x, *need_weights, *need_biases)]
     count = len(need_weights)
-    return grads[0], grads[1 : 1 + count], grads[1 + count :]
+    return one_by_one[0], one_by_one[1 : 1 + count], one_by_one[1 + count :]
+
+
+def _kernels_or_reference(name: str, insist: bool, tensor: torch.Tensor, *rest: Any) -> Any:
+    """Call this function of the kernels, or of ``reference`` if a kernel has failed on tensor's device.
+
+    insist: raise KernelFailed instead, as under ``backend("triton")`` and while tune measures.
+    """
+    room, index = predicate.kernels(), tensor.device.index
+    if insist or index not in predicate.failed:
+        try:
+            return getattr(room, name)(tensor, *rest)
+        except room.KernelFailed as failure:
+            if insist:
+                raise
+            text = str(failure).rstrip(".")
+            reason = f"{text[0].upper()}{text[1:]}."
+        # Outside of the except block, so that what the kernels had allocated is free.
+        predicate.failed[index] = reason
+        warn(f"Layers on {tensor.device} run on PyTorch's operators from now on. {reason} {HOW_TO_REPORT}")
+    return getattr(reference, name)(tensor, *rest)
 
 
 @torch.library.custom_op(
@@ -53,30 +94,12 @@ def mlp_backward(
     schema="(Tensor x, Tensor[] weights, Tensor?[] biases, bool final_relu, int keep, bool forced) "
     "-> Tensor[]",
 )
-def _forward(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    final_relu: bool,
-    keep: int,
-    forced: bool,
-) -> list[torch.Tensor]:
-    ys: list[torch.Tensor] = predicate.kernels_or_reference(
-        "mlp_forward", forced, x, weights, biases, final_relu, keep, forced
-    )
+def _forward(*arguments: Any) -> list[torch.Tensor]:
+    ys: list[torch.Tensor] = _kernels_or_reference("mlp_forward", arguments[-1], *arguments)
     return ys
 
 
-@_forward.register_fake
-def _(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    final_relu: bool,
-    keep: int,
-    forced: bool,
-) -> list[torch.Tensor]:
-    return reference.mlp_forward(x, weights, biases, final_relu, keep, forced)
+_forward.register_fake(reference.mlp_forward)
 
 
 @torch.library.custom_op(
@@ -85,55 +108,14 @@ def _(
     schema="(Tensor grad_output, Tensor?[] activations, Tensor?[] weights, bool final_relu, int lowest, "
     "bool need_x, bool[] need_weights, bool[] need_biases, bool forced) -> Tensor[]",
 )
-def _backward(
-    grad_output: torch.Tensor,
-    activations: list[torch.Tensor | None],
-    weights: list[torch.Tensor | None],
-    final_relu: bool,
-    lowest: int,
-    need_x: bool,
-    need_weights: list[bool],
-    need_biases: list[bool],
-    forced: bool,
-) -> list[torch.Tensor]:
-    grad_x, grad_weights, grad_biases = predicate.kernels_or_reference(
-        "mlp_backward",
-        forced,
-        grad_output,
-        activations,
-        weights,
-        final_relu,
-        lowest,
-        need_x,
-        need_weights,
-        need_biases,
-        forced,
-    )
-    return _those_needed(grad_x, grad_weights, grad_biases)
+def _backward(*arguments: Any) -> list[torch.Tensor]:
+    return _needed(*_kernels_or_reference("mlp_backward", arguments[-1], *arguments))
 
 
 @_backward.register_fake
-def _(
-    grad_output: torch.Tensor,
-    activations: list[torch.Tensor | None],
-    weights: list[torch.Tensor | None],
-    final_relu: bool,
-    lowest: int,
-    need_x: bool,
-    need_weights: list[bool],
-    need_biases: list[bool],
-    forced: bool,
-) -> list[torch.Tensor]:
-    return _those_needed(
-        *reference.mlp_backward(
-            grad_output, activations, weights, final_relu, lowest, need_x, need_weights, need_biases, forced
-        )
-    )
+def _(*arguments: Any) -> list[torch.Tensor]:
+    return _needed(*reference.mlp_backward(*arguments))
 
 
-def _those_needed(
-    grad_x: torch.Tensor | None,
-    grad_weights: Sequence[torch.Tensor | None],
-    grad_biases: Sequence[torch.Tensor | None],
-) -> list[torch.Tensor]:
-    return [grad for grad in (grad_x, *grad_weights, *grad_biases) if grad is not None]
+def _needed(x: torch.Tensor | None, *others: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
+    return [grad for group in ((x,), *others) for grad in group if grad is not None]

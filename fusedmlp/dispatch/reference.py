@@ -1,7 +1,7 @@
-"""The launchers' names and signatures in plain torch: the path on the CPU, the oracle, double backward.
+"""The kernels' functions in plain PyTorch: the path on the CPU, the reference for tests, double backward.
 
-Everything here is differentiable by torch's own autograd, works in any dtype and on any device, and is what
-``torch.nn.functional.linear`` followed by ``relu`` computes, bit for bit.
+Everything here is differentiable by PyTorch's autograd, works in any dtype and on any device, and computes
+bit for bit what ``torch.nn.functional.linear`` followed by ``relu`` does.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,12 @@ import torch
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from fusedmlp.dispatch.backend_choice import Biases, Weights
 from fusedmlp.torch_tools.patched import RELU, TORCH_RELU
 
-# By name, as every call on a CPU asks: a chain of attributes is a tenth of a microsecond.
+Gradients = tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]
+
+# By name, as every call on a CPU asks: looking up a chain of attributes takes a tenth of a microsecond.
 _function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
 
 
@@ -21,50 +24,52 @@ def linear_forward(
 ) -> torch.Tensor:
     """``x (..., K) @ weight.T (K, N) + bias (N,)``, then ReLU if asked: ``(..., N)``."""
     y = F.linear(x, weight, bias)
-    return _relu(y, not watched()) if relu else y
+    return relu_forward(y, not watched()) if relu else y
 
 
 def watched() -> bool:
-    """Whether a mode is active: it sees every operator, and may keep what one of them returned.
+    """True if a ReLU in place could be noticed.
 
-    Or a compiler, which makes no use of a ReLU in place: an exported graph is that of ``torch.nn``. Or a relu
-    that replaced torch's, and wants to be called.
+    A mode sees every operator and may keep what one of them returned. A compiler gains nothing by a ReLU in
+    place, and an exported graph is to be that of ``torch.nn``. A function that replaced PyTorch's relu must
+    be called.
     """
     modes = is_compiling() or _function_modes() > 0 or _dispatch_modes() > 0
     return modes or F.relu is not RELU or torch.relu is not TORCH_RELU
 
 
-def _relu(y: torch.Tensor, in_place: bool) -> torch.Tensor:
-    # In place on a tensor that nobody else holds, and that linear's backward does not need: no second
-    # tensor is written. threshold_backward is its gradient, as it is that of the one out of place.
-    # Modes, subclasses, proxies and wrappers see the calls that a model on torch.nn makes. Up to torch 2.13
-    # linear returns a view where x is no matrix, and autograd would rebuild that by as_strided.
-    if in_place and type(y) is torch.Tensor and (y.dim() == 2 or not (y.requires_grad and _is_view(y))):
+def relu_forward(y: torch.Tensor, in_place: bool) -> torch.Tensor:
+    """ReLU of what ``F.linear`` returned, in place where ``in_place`` allows it and autograd does too.
+
+    In place no second tensor is written; linear's backward does not need y, and the gradient of both forms is
+    threshold_backward. Subclasses, proxies and wrappers see the calls that a model on torch.nn makes.
+    """
+    # Up to torch 2.13 linear returns a view if x is not a matrix, which autograd would rebuild by as_strided.
+    # A compiler cannot be asked whether a tensor is a view.
+    if (
+        in_place
+        and type(y) is torch.Tensor
+        and (y.dim() == 2 or not y.requires_grad or is_compiling() or not y._is_view())
+    ):
         return y.relu_()
     return F.relu(y)
 
 
-def _is_view(y: torch.Tensor) -> bool:
-    return not is_compiling() and y._is_view()  # which a compiler cannot be asked
-
-
 def mlp_forward(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    final_relu: bool,
-    keep: int,
-    forced: bool = False,
+    x: torch.Tensor, weights: Weights, biases: Biases, final_relu: bool, keep: int, forced: bool = False
 ) -> list[torch.Tensor]:
-    """``x (..., K)`` through each ``weight (N, K)``, a ReLU between them and, if ``final_relu``, after the
-    last: the outputs ``(..., N)`` of the layers from number ``keep`` on."""
+    """``x (..., K)`` through each ``weight (N, K)``, with a ReLU between the layers.
+
+    final_relu: a ReLU after the last layer too. Returns the outputs ``(..., N)`` of the layers from number
+    ``keep`` on. forced: ignored; the kernels have it.
+    """
     ys = []
     last = len(weights) - 1
     in_place = not watched()
     for i, weight in enumerate(weights):
         x = F.linear(x, weight, biases[i])
         if final_relu or i < last:
-            x = _relu(x, in_place)
+            x = relu_forward(x, in_place)
         if i >= keep:
             ys.append(x)
     return ys
@@ -80,11 +85,11 @@ def mlp_backward(
     need_weights: Sequence[bool],
     need_biases: Sequence[bool],
     forced: bool = False,
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
+) -> Gradients:
     """``(grad_x, grad_weights, grad_biases)``, each None where it is not needed.
 
-    grad_output (M, N); activations: x and every layer's output, None for those that are not looked at: below
-    the layer ``lowest``, the lowest that needs a gradient (0 for x), there is nothing to do.
+    grad_output (M, N); activations: x and every layer's output, None if not used. lowest: the lowest layer
+    that needs a gradient (0 if x does); nothing is computed below it.
     """
     count = len(weights)
     grad_x = None
@@ -108,6 +113,6 @@ def mlp_backward(
 
 
 def relu_backward(grad_output: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
-    """torch's rule, from the ReLU's output y: 0 where y <= 0, grad_output everywhere else."""
+    """PyTorch's rule, from the ReLU's output y: 0 where y <= 0, grad_output elsewhere."""
     grad_z: torch.Tensor = torch.ops.aten.threshold_backward(grad_output, y, 0)
     return grad_z

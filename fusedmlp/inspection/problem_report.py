@@ -1,7 +1,6 @@
-"""What a report of a problem needs, in one file: ``python -m fusedmlp --report FILE``."""
+"""Write what a bug report needs into one file: ``python -m fusedmlp --report FILE``."""
 
 import contextlib
-import importlib.metadata
 import io
 import os
 import pathlib
@@ -15,18 +14,13 @@ from collections.abc import Callable
 
 import torch
 
-# Of these packages the versions, of these variables the values may have a part in a problem.
-_PACKAGES = ("torch", "triton", "numpy", "torchvision", "platformdirs", "fusedmlp")
+# Environment variables that may have caused a problem.
 _VARIABLES = re.compile(r"(FUSEDMLP|TRITON|TORCH|PYTORCH|CUDA|CUBLAS|NVIDIA|OMP|MKL|LD_LIBRARY_PATH|CC$)")
-_GPUS = (
-    "nvidia-smi",
-    "--query-gpu=name,driver_version,memory.total,memory.used,compute_mode",
-    "--format=csv",
-)
+_NVIDIA_SMI = "nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used,compute_mode --format=csv"
 
 
 class _Both(io.TextIOBase):
-    """A stream that goes to the terminal and into the report."""
+    """A stream that writes to the terminal and into the report."""
 
     def __init__(self, terminal: io.TextIOBase, report: io.TextIOBase) -> None:
         self.terminal, self.report = terminal, report
@@ -40,10 +34,10 @@ class _Both(io.TextIOBase):
 
 
 def write(file: pathlib.Path, run: Callable[[], int]) -> int:
-    """Run, and write what it prints, warns of or raises into ``file``, below what this machine is.
+    """Describe this machine in ``file``, call ``run``, and add what it prints, warns of or raises.
 
-    The file is there from the start, so a crash leaves in it what came before. Returns the exit status: that
-    of ``run``, or 1 if it raised. Raises OSError where the file cannot be written.
+    Each line is written at once, so that a crash leaves the earlier ones. Returns the exit status of ``run``,
+    or 1 if it raised. Raises OSError if the file cannot be written.
     """
     with file.open("w", encoding="utf-8", buffering=1) as report:
         report.write(f"$ {' '.join(['python -m fusedmlp', *sys.argv[1:]])}\n\n{machine()}\n\n")
@@ -66,11 +60,8 @@ def write(file: pathlib.Path, run: Callable[[], int]) -> int:
 
 
 def machine() -> str:
-    """The system, the versions, the GPUs and their driver, the variables that have a part in what runs."""
+    """The system, the GPUs and their driver, and the environment variables that may matter."""
     lines = [platform.platform(), f"Python {platform.python_version()}, {sys.executable}"]
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            lines.append(f"{name} {importlib.metadata.version(name)}")
     lines.append(f"PyTorch is built for CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     lines += ["", *_gpus(), ""]
     lines += [f"{name}={value}" for name, value in sorted(os.environ.items()) if _VARIABLES.match(name)]
@@ -79,7 +70,7 @@ def machine() -> str:
 
 def _gpus() -> list[str]:
     try:
-        run = subprocess.run(_GPUS, capture_output=True, text=True, timeout=20)
+        run = subprocess.run(_NVIDIA_SMI.split(), capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
         return [f"nvidia-smi does not run: {type(error).__name__}: {error}"]
     return (run.stdout.strip() or run.stderr.strip()).splitlines()

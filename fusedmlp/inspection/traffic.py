@@ -1,37 +1,28 @@
-"""What a stretch of layers launches, how many bytes each launch moves, and what was measured of it."""
+"""What a chain of layers launches, how many bytes each launch moves, and what was measured of it."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from fusedmlp.dispatch import backend_choice, onednn, predicate
+from fusedmlp.dispatch import autocast, backend_choice, onednn, predicate
 from fusedmlp.dispatch.backend_choice import Run
+from fusedmlp.dispatch.operators import Needs
 
-Launch = tuple[str, int]  # its name, and how many bytes it moves
+Launch = tuple[str, int]  # its name, and how many bytes it reads and writes
 
 
 class Figures(NamedTuple):
-    """Microseconds of one product of a layer (its number in the stretch) on the kernels and on PyTorch.
+    """Microseconds of one product of a layer (its number in the chain), by the kernels and by PyTorch.
 
     operation: "forward" (with bias and ReLU), "grad_input" (with the mask and the bias gradient of the layer
-    below) or "grad_weight". The one that takes less time is taken, unless backend("triton") is in force.
+    below) or "grad_weight". The faster one runs, unless backend("triton") is in force.
     """
 
     layer: int
     operation: str
     us: float
     torch_us: float
-
-
-class Needs(NamedTuple):
-    """Which gradients a stretch's backward computes, and the lowest layer that has one to compute."""
-
-    lowest: int
-    x: bool
-    weights: list[bool]
-    biases: list[bool]
 
 
 def needs_of(run: Run) -> Needs | None:
@@ -42,88 +33,93 @@ def needs_of(run: Run) -> Needs | None:
     return Needs(layers[0], x, weights, biases) if layers and torch.is_grad_enabled() else None
 
 
-def unfused(
-    M: int, shapes: Sequence[tuple[int, int]], run: Run, needs: Needs | None
-) -> tuple[list[Launch], list[Launch]]:
-    """PyTorch's operators of forward and backward, each with the bytes that it reads and writes."""
-    last = len(shapes) - 1
-    relu = [run.final_relu or i < last for i in range(len(shapes))]
-    one = run.x.element_size()
-    forward: list[Launch] = []
-    backward: list[Launch] = []
-    for i, (K, N) in enumerate(shapes):
-        forward.append(("linear", one * (M * K + N * K + (N if run.biases[i] is not None else 0) + M * N)))
-        if relu[i]:
-            forward.append(("relu", one * 2 * M * N))
-    if needs is None:
+class Chain:
+    """A chain of layers that is about to run: ``rows`` (M), and ``shapes``, the (K, N) of each layer.
+
+    Shapes that do not fit together are no error here: the layers themselves raise it.
+    """
+
+    def __init__(self, run: Run) -> None:
+        # Autocast's own casts are not counted: fused or not, they come before the layers.
+        if torch.amp.is_autocast_available(run.x.device.type):
+            x, weights, biases = autocast.cast(run.x, run.weights, run.biases)
+            run = run._replace(x=x, weights=weights, biases=biases)
+        self.run = run
+        self.shapes = [(weight.shape[-1:].numel(), weight.shape[:-1].numel()) for weight in run.weights]
+        K = self.shapes[0][0]
+        self.rows = run.x.numel() // K if K else run.x.shape[:-1].numel()
+        self.needs = needs_of(run)
+
+    def unfused(self) -> tuple[list[Launch], list[Launch]]:
+        """PyTorch's eager operators of the forward and of the backward."""
+        M, one, last = self.rows, self.run.x.element_size(), len(self.shapes) - 1
+        forward: list[Launch] = []
+        backward: list[Launch] = []
+        for i, (K, N) in enumerate(self.shapes):
+            bias = 0 if self.run.biases[i] is None else N
+            forward.append(("linear", one * (M * K + N * K + bias + M * N)))
+            if i < last or self.run.final_relu:
+                forward.append(("relu", one * 2 * M * N))
+        for i in range(last, self.needs.lowest - 1 if self.needs else last, -1):
+            K, N = self.shapes[i]
+            if i < last or self.run.final_relu:
+                backward.append(("threshold_backward", one * 3 * M * N))
+            backward += [("mm", one * (M * N + N * K + M * K))] * len(self._gradients(i))
+            if self.needs and self.needs.biases[i]:
+                backward.append(("sum", one * (M * N + N)))
         return forward, backward
-    for i in range(last, needs.lowest - 1, -1):
-        K, N = shapes[i]
-        if relu[i]:
-            backward.append(("threshold_backward", one * 3 * M * N))
-        products = (i > needs.lowest or needs.x) + needs.weights[i]
-        backward += [("mm", one * (M * N + N * K + M * K))] * products
-        if needs.biases[i]:
-            backward.append(("sum", one * (M * N + N)))
-    return forward, backward
 
+    def with_onednn(self, forward: list[Launch]) -> list[Launch]:
+        """Rename the products of an unfused forward that oneDNN computes here."""
+        x, names = self.run.x, []
+        if type(x) is not torch.Tensor or x.is_nested or x.layout is not torch.strided:
+            return forward
+        for weight, bias in zip(self.run.weights, self.run.biases, strict=True):
+            names.append("linear by oneDNN" if onednn.why_not(x, weight, bias) is None else "linear")
+            x = x.new_empty((*x.shape[:-1], *weight.shape[:-1]))  # stands for the input of the next layer
+        linears = iter(names)
+        return [(next(linears) if name == "linear" else name, moved) for name, moved in forward]
 
-def with_onednn(launches: Sequence[Launch], run: Run) -> list[Launch]:
-    """Of a forward on PyTorch's operators: which products are oneDNN's."""
-    if type(run.x) is not torch.Tensor or run.x.is_nested or run.x.layout is not torch.strided:
-        return list(launches)
-    x, layers, named = run.x, iter(zip(run.weights, run.biases, strict=True)), []
-    for name, moved in launches:
-        if name == "linear":
-            weight, bias = next(layers)
-            name = "linear by oneDNN" if onednn.why_not(x, weight, bias) is None else name
-            # What the next layer gets, as far as is asked: nothing is written to it.
-            x = x.new_empty((*x.shape[:-1], *weight.shape[:-1]))
-        named.append((name, moved))
-    return named
+    def launched(self) -> tuple[list[Launch], list[Launch]]:
+        """The kernels of the forward and of the backward, by a dry run with these tensors."""
+        kernels, run, needs = predicate.kernels(), self.run, self.needs
+        x, forced = run.x.detach(), backend_choice.forced()
+        x = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        keep = max(0, needs.lowest - 1) if needs else len(run.weights) - 1
+        forward: list[Launch] = []
+        backward: list[Launch] = []
+        with kernels.dry_run(lambda name, args: forward.append((name, _bytes_of(args)))):
+            ys = kernels.mlp_forward(x, run.weights, run.biases, run.final_relu, keep, forced)
+        if needs is not None:
+            lowest = needs.lowest
+            activations = [None] * lowest + ([x, *ys] if lowest == 0 else ys)
+            # The output stands for the incoming gradient, which has its shape.
+            with kernels.dry_run(lambda name, args: backward.append((name, _bytes_of(args)))):
+                kernels.mlp_backward(ys[-1], activations, run.weights, run.final_relu, *needs, forced)
+        return forward, backward
+
+    def measured(self) -> tuple[Figures, ...]:
+        """The products of a chain on the kernels that were measured on this device."""
+        if self.run.reason is not None:
+            return ()
+        kernels, x, found = predicate.kernels(), self.run.x, []
+        table = kernels.table_of(x.device.index if x.is_cuda else None)
+        for i, (K, N) in enumerate(self.shapes):
+            for operation in ("forward", *self._gradients(i)):
+                product = table.product(operation, kernels.arithmetic(x.dtype), self.rows, N, K)
+                if product is not None:
+                    found.append(Figures(i, operation, product.us, product.torch_us))
+        return tuple(found)
+
+    def _gradients(self, layer: int) -> list[str]:
+        """Which of this layer's two products the backward computes."""
+        needs = self.needs
+        if needs is None or layer < needs.lowest:
+            return []
+        of_input = layer > needs.lowest or needs.x
+        return ["grad_input"] * of_input + ["grad_weight"] * needs.weights[layer]
 
 
 def _bytes_of(args: tuple[Any, ...]) -> int:
-    """What a kernel with these arguments reads and writes, if each tensor once."""
+    """How many bytes a kernel with these arguments reads and writes, if it touches each tensor once."""
     return sum(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, torch.Tensor))
-
-
-def launched(run: Run, needs: Needs | None) -> tuple[list[Launch], list[Launch]]:
-    """The kernels of forward and backward, by a dry run of what FusedMLP does with these tensors."""
-    kernels, x, count = predicate.kernels(), run.x.detach(), len(run.weights)
-    x = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    keep = max(0, needs.lowest - 1) if needs else count - 1
-    forward: list[Launch] = []
-    backward: list[Launch] = []
-    with kernels.dry_run(lambda name, args: forward.append((name, _bytes_of(args)))):
-        ys = kernels.mlp_forward(x, run.weights, run.biases, run.final_relu, keep, backend_choice.forced())
-    if needs is None:
-        return forward, backward
-    lowest = needs.lowest
-    activations = [None] * lowest + ([x, *ys] if lowest == 0 else ys)
-    # The output stands for the gradient that comes in: of its shape, and nothing is written to.
-    with kernels.dry_run(lambda name, args: backward.append((name, _bytes_of(args)))):
-        kernels.mlp_backward(
-            ys[-1], activations, run.weights, run.final_relu, *needs, backend_choice.forced()
-        )
-    return forward, backward
-
-
-def measured(run: Run, M: int, shapes: Sequence[tuple[int, int]], needs: Needs | None) -> tuple[Figures, ...]:
-    """Of a stretch on the kernels, the products that were measured on this device."""
-    if run.reason is not None:
-        return ()
-    kernels, found = predicate.kernels(), []
-    table = kernels.table_of(run.x.device.index if run.x.is_cuda else None)
-    kind = kernels.arithmetic(run.x.dtype)
-    for i, (K, N) in enumerate(shapes):
-        operations = ["forward"]
-        if needs is not None and (i > needs.lowest or (i == needs.lowest and needs.x)):
-            operations.append("grad_input")
-        if needs is not None and needs.weights[i]:
-            operations.append("grad_weight")
-        for operation in operations:
-            product = table.product(operation, kind, M, N, K)
-            if product is not None:
-                found.append(Figures(i, operation, product.us, product.torch_us))
-    return tuple(found)

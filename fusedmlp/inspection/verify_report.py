@@ -1,29 +1,28 @@
-"""What verify found: as data, as a table, and as one truth."""
+"""The result of ``verify``: data, a table for a terminal, and true or false."""
 
 import collections
 import dataclasses
 import math
-import re
-import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from fusedmlp.dispatch import predicate
 from fusedmlp.inspection.explain import Explanation
+from fusedmlp.torch_tools import text
 
 Verdict = Literal["right", "WRONG", "unknown", "skipped"]
 
-_WIDTH = 80
-_MOST_LINES = 24  # of a table, before rows that are alike become one
+_MOST_LINES = 24  # of a table; in a longer one similar rows are shown as one
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One tensor: the error of the fused result and that of PyTorch's own.
 
-    The errors are the largest ones against float64, as parts of the largest value; ratio is that of the two,
-    or of their RMS if that is more. Without a float64 result error is the difference from PyTorch's, the
-    rest is NaN and the verdict ``"unknown"``, but where fused and plain are the same bits.
+    The errors are the largest differences from float64, divided by the largest value. ratio is the quotient
+    of the two errors, or of their RMS if that is larger. Without a float64 result, error is the difference
+    from PyTorch's and the others are NaN; the verdict is then ``"right"`` if there is no difference, else
+    ``"unknown"``.
     """
 
     name: str
@@ -36,7 +35,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One further check: how many runs it made, the worst ratio, and what was wrong or why it was skipped."""
+    """One further check: how many runs it made, the worst ratio, the problems or why it was skipped."""
 
     name: str
     verdict: Verdict
@@ -47,10 +46,11 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What :func:`verify` found: true if all holds, ``str()`` of it is a table, ``to_dict()`` plain data.
+    """What :func:`verify` found: true if all is right; ``str()`` is a table, ``to_dict()`` plain data.
 
-    rows of the output and of every gradient; checks; failures: why what was not compared keeps it from being
-    true; notes: what to know besides; explanation: what :func:`explain` says of the fused run, if it ran.
+    rows hold the output and every gradient, checks the further runs. failures say what could not be compared
+    and makes the result false; notes say what else to know. explanation is what :func:`explain` says of the
+    fused run, or None if it raised.
     """
 
     rows: tuple[Row, ...]
@@ -64,25 +64,24 @@ class Verification:
         return bool(self.rows) and not self.failures and not bad
 
     def to_dict(self) -> dict[str, Any]:
-        """Dicts, tuples, strings and numbers, fit for ``json.dumps``."""
+        """Return dicts, tuples, strings and numbers, fit for ``json.dumps``."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         wrong = "WRONG" in verdicts(self.rows, self.checks)
         verdict = "right" if self else "WRONG" if wrong else "unknown"
-        paragraphs = [f"{verdict}: {_where(self.explanation)}", *self.failures]
-        parts = ["\n".join(map(_paragraph, paragraphs))]
+        parts = ["\n".join(map(text.paragraph, (f"{verdict}: {_where(self.explanation)}", *self.failures)))]
         if self.rows:
             parts.append("\n".join(_table(self.rows)))
         if self.checks:
             parts.append("\n".join(line for check in self.checks for line in _lines_of_check(check)))
-        parts.append("\n".join(map(_paragraph, (*self.notes, _LEGEND))))
+        parts.append("\n".join(map(text.paragraph, (*self.notes, _LEGEND))))
         return "\n\n".join(parts)
 
 
 _LEGEND = (
-    "Errors are against float64, as parts of the largest value. Right: at most 2 times PyTorch's own, the "
-    "largest and in RMS, and two units in the last place of float32."
+    "Errors are differences from float64, divided by the largest value. Right: the largest and the RMS error "
+    "are at most 2 times PyTorch's own, plus two units in the last place of float32."
 )
 
 
@@ -95,66 +94,59 @@ def is_gradient(name: str) -> bool:
 
 
 def _where(explanation: Explanation | None) -> str:
-    """On what the layers ran."""
+    """Sentences that say on what the layers ran."""
     if explanation is None:
-        return "on what the fused layers run is not known."
+        return "it is not known on what the fused layers run."
     counts: dict[str | None, list[int]] = {}
     for row in explanation.rows:
-        count = counts.setdefault(row.reason, [0, 0])
-        count[0] += len(row.layers)
-        count[1] += 1
+        counts.setdefault(row.reason, []).append(len(row.layers))
     parts = []
-    for reason, (layers, stretches) in counts.items():
-        many = f"{layers} layer{'s'[: layers != 1]} in {stretches} stretch{'es' if stretches != 1 else ''}"
+    for reason, layers in counts.items():
+        many = f"{text.count(sum(layers), 'layer')} in {text.count(len(layers), 'chain')}"
         if reason is None:
             slow = ", in Triton's interpreter" if predicate.kernels().interpreting() else ""
-            parts.append(f"{many} on the Triton kernels{slow}")
+            parts.append(f"{many} on the Triton kernels{slow}.")
         else:
-            parts.append(f"{many} on PyTorch's operators: {reason}")
+            parts.append(f"{many} on PyTorch's operators. {reason}")
+    if not explanation.rows:
+        parts.append("no fused layer ran.")
     if explanation.compiled:
-        parts.append("what torch.compile traced as its own code")
-    if not parts:
-        parts.append("no fused layer ran")
+        parts.append("Compiled parts of the model run torch.compile's own code.")
     if explanation.layers_not_fused:
-        count_plain = len(explanation.layers_not_fused)
-        parts.append(f"{count_plain} plain torch.nn.Linear, which fusedmlp.fuse(model) changes")
-    return "; ".join(parts) + "."
+        plain = len(explanation.layers_not_fused)
+        parts.append(f"{plain} plain torch.nn.Linear, which fusedmlp.fuse(model) changes.")
+    return " ".join(parts)
 
 
 def _table(rows: tuple[Row, ...]) -> Iterator[str]:
     yield f"{'':44}{'error':>9}{'PyTorch':>9}{'ratio':>8}  verdict"
     groups: dict[str, list[Row]] = collections.defaultdict(list)
-    for row in rows:  # in a long table those that are right and differ in numbers in their names only are one
+    for row in rows:
         alike = len(rows) > _MOST_LINES and row.verdict == "right"
-        groups[re.sub(r"\d+", "*", row.name) if alike else row.name].append(row)
+        groups[text.pattern(row.name) if alike else row.name].append(row)
     before = False
     for name, group in groups.items():
         if is_gradient(name) and not before:
             yield "gradient of"
         before = is_gradient(name)
         many = f", worst of {len(group)}" if len(group) > 1 else ""
-        name = "  " + name.removeprefix("gradient of ") if before else name
-        room = 44 - len(many)
-        name = name if len(name) <= room else name[:5] + "..." + name[8 - room :]
+        indent = "  " if before else ""
+        name = indent + text.shortened(name.removeprefix("gradient of "), 44 - len(indent + many)) + many
         worst = max(group, key=lambda row: row.ratio)
         yield (
-            f"{name + many:44}{_number(worst.error, '.1e'):>9}{_number(worst.torchs_error, '.1e'):>9}"
+            f"{name:44}{_number(worst.error, '.1e'):>9}{_number(worst.torchs_error, '.1e'):>9}"
             f"{_number(worst.ratio, '.2f'):>8}  {worst.verdict}"
         )
         if worst.problem is not None:
-            yield _paragraph(worst.problem, "      ")
+            yield text.paragraph(worst.problem, "      ")
 
 
 def _lines_of_check(check: Check) -> list[str]:
     name = check.name + (f", {check.runs} combinations" if check.runs > 1 else "")
     lines = [f"{name:62}{_number(check.ratio, '.2f'):>8}  {check.verdict}"]
-    lines += [_paragraph(problem, "    ") for problem in check.problems[:3]]
+    lines += [text.paragraph(problem, "    ") for problem in check.problems[:3]]
     return lines + ([f"    and {len(check.problems) - 3} more"] if len(check.problems) > 3 else [])
 
 
 def _number(number: float, form: str) -> str:
     return "-" if math.isnan(number) else format(number, form if number < 1000 else ".1e")
-
-
-def _paragraph(text: str, start: str = "") -> str:
-    return textwrap.fill(text, _WIDTH, initial_indent=start, subsequent_indent=start, break_on_hyphens=False)

@@ -1,223 +1,209 @@
-"""What verify compares: a model run fused, as torch.nn runs it, in float64, and from a rounding away."""
+"""The runs of one model that ``verify`` compares: fused, on torch.nn, in float64, and on nearby values."""
 
 import contextlib
-import sys
-import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping
+import functools
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
 from fusedmlp import nn
-from fusedmlp.convert.pending_relu import LinearBeforeClamp, LinearBeforeReLU
+from fusedmlp.convert.pending_relu import LinearBeforeReLU
 from fusedmlp.dispatch import backend_choice
+from fusedmlp.inspection.explain import shown_name, uncompiled
+from fusedmlp.inspection.float64 import InFloat64, to_float64
 from fusedmlp.torch_tools import accuracy
-from fusedmlp.torch_tools.model_copy import Draws, InFloat64, random_states, twin, up
-from fusedmlp.torch_tools.restore import left_as_it_was
+from fusedmlp.torch_tools.model_state import copy_with, left_as_it_was
+from fusedmlp.torch_tools.warn import first_line
 
-# How gradients are asked for: of the loss, of the output's sum, from a gradient with transposed memory, of
-# the loss twice, and of the norm of the loss's gradient.
+# What gradients are taken of: the loss, the output with an incoming gradient of stride 0 or one whose memory
+# is transposed, the loss twice, and the norm of the loss's gradient.
 Ask = Literal["loss", "stride 0", "transposed", "twice", "double"]
-Results = dict[str, torch.Tensor | None]  # by name: outputs, the loss, "gradient of ..."
+Value = torch.Tensor | None
+Results = dict[str, Value]  # by name: outputs, the loss, "gradient of ..."
 
-_NEARBY = 8  # runs on inputs and parameters one rounding away
+_NEARBY = 8  # runs on inputs and parameters that are one rounding away
 
 
-class Run(NamedTuple):
+class Outcome(NamedTuple):
+    """The results of a run, and names of what it wrote to although it is the caller's."""
+
     results: Results
-    written: frozenset[str]  # of what is not the model's to write to
+    written: set[str]
 
 
-class _Way(NamedTuple):
+class Way(NamedTuple):
+    """How to run: which model, in which context, on inputs that ``change`` makes of the caller's."""
+
     model: torch.nn.Module
     context: Callable[[], contextlib.AbstractContextManager[Any]]
-    change: Callable[[torch.Tensor], torch.Tensor]  # makes its inputs of the user's
+    change: Callable[[torch.Tensor], torch.Tensor]
 
 
 class Runs:
-    """Makes the runs; each begins in the state in which the model is, and leaves it so.
+    """Runs a model in several ways. Each run starts in the state that the model is in, and restores it.
 
-    leaves: the names of what gets a gradient: floating-point inputs, and parameters that require grad.
+    leaves names the tensors that get gradients: floating-point inputs, and parameters that require grad.
     """
 
     def __init__(self, model: torch.nn.Module, x: Any, loss_fn: Callable[[Any], torch.Tensor] | None) -> None:
-        # Without its communication: one of several processes may ask alone.
-        self.model: torch.nn.Module = (
-            model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
-        )
-        self.x, self.loss_fn = x, loss_fn
-        self.exact_problems: dict[Ask, str] = {}
-        self._plain = _Way(self.model, lambda: _plainly(self.model), _clone)
-        self._fused = _Way(self.model, contextlib.nullcontext, _clone)
-        self._exacts: dict[Ask, Results] = {}
-        self._exact_model: torch.nn.Module | None = None
-        self._draws = False
-        self._by_backward = False
-
-    @contextlib.contextmanager
-    def put_back(self) -> Iterator["Runs"]:
-        """Around everything; lazy modules become what they shall be first."""
-        if any(map(torch.nn.parameter.is_lazy, self.model.parameters())):
-            with left_as_it_was(self.model, self.x), _plainly(self.model):
-                args, kwargs, _ = self._arguments(_clone, ())
-                self.model(*args, **kwargs)
-        parameters = dict(self.model.named_parameters())
+        # Without DDP's communication, as perhaps only one of several processes calls verify.
+        model = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+        self.model, self.x, self.loss_fn = model, x, loss_fn
+        x_name = "the input x" if hasattr(model, "x") else "x"
+        self._given = {
+            x_name + keystr(path): leaf
+            for path, leaf in tree_flatten_with_path(x)[0]
+            if isinstance(leaf, torch.Tensor)
+        }
+        if any(map(torch.nn.parameter.is_lazy, model.parameters())):
+            with left_as_it_was(model, x), _on_torch_nn(model):
+                args, kwargs, _ = self.arguments(_clone, ())
+                model(*args, **kwargs)
+        parameters = dict(model.named_parameters())
         self._values = {name: _clone(parameter) for name, parameter in parameters.items()}
-        self._flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
-        given = self._named_inputs()
-        self._inputs = [name for name, tensor in given.items() if _floating(tensor)]
-        self.trained = [n for n, p in parameters.items() if p.requires_grad and not p.is_inference()]
-        self.as_given = frozenset([*(n for n in self._inputs if given[n].requires_grad), *self.trained])
-        try:
-            with left_as_it_was(self.model, self.x):
-                yield self
-        finally:
-            self._put_parameters_back()
-
-    def _put_parameters_back(self) -> set[str]:
-        """And the names of those that were written to."""
-        written = set()
-        for name, parameter in self.model.named_parameters():
-            if not _same(parameter, self._values[name]):
-                written.add(name)
-                parameter.data.copy_(self._values[name])
-        return written
+        self._trained = [n for n, p in parameters.items() if p.requires_grad and not p.is_inference()]
+        self._inputs = [name for name, tensor in self._given.items() if _floating(tensor)]
+        requiring = [name for name in self._inputs if self._given[name].requires_grad]
+        self.as_given = frozenset([*requiring, *self._trained])
+        self.plain = Way(model, functools.partial(_on_torch_nn, model), _clone)
+        self.fused = Way(model, contextlib.nullcontext, _clone)
+        self.exact_problems: dict[Ask, str] = {}
+        self._exact_results: dict[Ask, Results] = {}
+        self._errors_nearby: dict[Ask, dict[str, tuple[float, float]]] = {}
+        self._random = self._by_backward = False
 
     @property
     def leaves(self) -> list[str]:
-        return [*self._inputs, *self.trained]
+        return [*self._inputs, *self._trained]
 
-    def probe(self) -> tuple[Run, list[str]]:
-        """The plain run, and notes on it. What the plain model raises comes through."""
+    def first(self) -> tuple[Outcome, list[str]]:
+        """The run on torch.nn, and notes on it. Raises what the model raises."""
         notes = []
-        self._first(self.as_given)
+        self.run(self.plain, "loss", self.as_given)
         try:
-            run = self._first(self.leaves)
+            outcome = self.run(self.plain, "loss", self.leaves)
         except Exception as error:
-            notes.append(f"No gradient of the input, with which the plain model raises {in_words(error)}")
+            notes.append(f"No gradient of the input, with which the plain model raises {first_line(error)}")
             self._inputs = [name for name in self._inputs if name in self.as_given]
-            run = self.plain("loss", self.leaves)
-        again = self._run(self._plain, "loss", self.leaves).results
-        if any(not _same(value, again.get(name)) for name, value in run.results.items()):
+            outcome = self.run(self.plain, "loss", self.leaves)
+        again = self.run(self.plain, "loss", self.leaves).results
+        if any(not _same(value, again.get(name)) for name, value in outcome.results.items()):
             notes.append("Two runs of the plain model differ: something in it is not deterministic.")
-        return run, notes
-
-    def _first(self, needs: Collection[str]) -> Run:
-        try:
-            return self.plain("loss", needs)
-        except RuntimeError as error:
-            if self._by_backward or "heckpoint" not in str(error) or ".grad()" not in str(error):
-                raise
-            self._by_backward = True  # which checkpointing with use_reentrant=True asks for
-            return self.plain("loss", needs)
-
-    def plain(self, ask: Ask, needs: Collection[str]) -> Run:
-        """As torch.nn runs it."""
-        return self._run(self._plain, ask, needs)
-
-    def fused(self, ask: Ask, needs: Collection[str]) -> Run:
-        """As it runs under the settings of the caller."""
-        return self._run(self._fused, ask, needs)
+        return outcome, notes
 
     def exact(self, ask: Ask) -> Results:
-        """With all gradients; nothing, and a sentence in exact_problems, if it cannot be had in float64."""
-        if ask not in self._exacts:
+        """All results in float64; none, and the reason in exact_problems, if there cannot be any."""
+        if self._random:  # with the same seed, PyTorch draws other numbers in float64
+            self.exact_problems[ask] = (
+                "Not compared with float64, because the model draws random numbers: call model.eval() first."
+            )
+            return {}
+        if ask not in self._exact_results:
+            self._exact_results[ask] = {}
             try:
-                self._exacts[ask] = self._run_exact(ask)
+                self._exact_results[ask] = self.run(self._exact, ask, self.leaves).results
             except Exception as error:
-                self._exacts[ask] = {}
-                self.exact_problems[ask] = f"Not compared with float64, where it raises {in_words(error)}"
-        return self._exacts[ask]
+                self.exact_problems[ask] = f"Not compared with float64, which raises {first_line(error)}"
+        return self._exact_results[ask]
 
-    def _run_exact(self, ask: Ask) -> Results:
-        if self._exact_model is None:
-            model, _ = twin(self.model, lambda data: _clone(up(data)))
-            for name, parameter in model.named_parameters():
-                if up(parameter.detach()).dtype is not parameter.dtype:
-                    raise TypeError(f"parameter {name} cannot be copied in float64")
-            self._exact_model = model
-        exact, draws = self._exact_model, Draws()
-        if self._draws:
-            noting = self._plain._replace(context=lambda: _all_of(_plainly(self.model), draws))
-            self._run(noting, ask, self.leaves)
-            if draws.unknown:
-                names = ", ".join(sorted(draws.unknown))
-                raise RuntimeError(f"the numbers that {names} draws are not known; model.eval() may help")
-        kinds = {t.device.type for t in (*exact.parameters(), *self._named_inputs().values())}
-        no_autocast = [torch.autocast(kind, enabled=False) for kind in kinds & {"cpu", "cuda"}]
+    @functools.cached_property
+    def _exact(self) -> Way:
+        model, _ = copy_with(self.model, _clone_in_float64)
+        for name, parameter in model.named_parameters():
+            if to_float64(parameter.detach()).dtype is not parameter.dtype:
+                raise TypeError(f"parameter {name} cannot be copied in float64")
 
-        def context() -> contextlib.AbstractContextManager[Any]:
-            return _all_of(_plainly(exact), *no_autocast, InFloat64(draws))
+        @contextlib.contextmanager
+        def context() -> Iterator[None]:
+            with _on_torch_nn(model), torch._C._DisableAutocast(), InFloat64():  # type: ignore[no-untyped-call]
+                yield
 
-        return self._run(_Way(exact, context, lambda t: _clone(up(t))), ask, self.leaves).results
+        return Way(model, context, _clone_in_float64)
 
-    def nearby(self, ask: Ask) -> Iterator[Results]:
-        """Plain runs on inputs and parameters one rounding away: what PyTorch's own error can be as well."""
-        with contextlib.suppress(Exception):  # the model cannot be copied, for one
+    def errors_nearby(self, ask: Ask) -> dict[str, tuple[float, float]]:
+        """The largest maximum and RMS errors of torch.nn on inputs and parameters one rounding away."""
+        if ask not in self._errors_nearby:
+            worst = self._errors_nearby[ask] = {}
             for number in range(_NEARBY):
-                yield self._run_nearby(number, ask)
+                change = functools.partial(_nudged, generator=torch.Generator().manual_seed(number))
+                try:
+                    model, _ = copy_with(self.model, change)
+                    way = Way(model, functools.partial(_on_torch_nn, model), change)
+                    results = self.run(way, ask, self.leaves).results
+                except Exception:  # the model cannot be copied, for example
+                    break
+                for name, exact in self.exact(ask).items():
+                    value = results.get(name)
+                    if value is not None and exact is not None and value.numel():
+                        errors = accuracy.errors_of(value, exact)
+                        if all(map(math.isfinite, errors)):
+                            before = worst.get(name, errors)
+                            worst[name] = max(before[0], errors[0]), max(before[1], errors[1])
+        return self._errors_nearby[ask]
 
-    def _run_nearby(self, number: int, ask: Ask) -> Results:
-        generator = torch.Generator().manual_seed(number)
-
-        def nudged(tensor: torch.Tensor) -> torch.Tensor:
-            return accuracy.nudged(tensor, generator) if _floating(tensor) else _clone(tensor)
-
-        model, _ = twin(self.model, nudged)
-        return self._run(_Way(model, lambda: _plainly(model), nudged), ask, self.leaves).results
-
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Copies of the input as the model takes it, requiring grad as it was given."""
-        args, kwargs, _ = self._arguments(_clone, self.as_given)
-        return args, kwargs
-
-    def _named_inputs(self) -> dict[str, torch.Tensor]:
-        flat, _ = tree_flatten_with_path(self.x)
-        taken = any(name.split(".")[0] == "x" for name, _ in self.model.named_parameters())
-        name = "the input x" if taken else "x"
-        return {name + keystr(path): leaf for path, leaf in flat if isinstance(leaf, torch.Tensor)}
-
-    def _arguments(
+    def arguments(
         self, change: Callable[[torch.Tensor], torch.Tensor], needs: Collection[str]
     ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.Tensor]]:
-        flat, spec = tree_flatten_with_path(self.x)
+        """Copies of the input as the model takes it, and their tensors by name; ``needs`` require grad."""
         inputs = {
-            name: change(leaf.detach()).requires_grad_(name in needs)
-            for name, leaf in self._named_inputs().items()
+            name: change(leaf.detach()).requires_grad_(name in needs) for name, leaf in self._given.items()
         }
         tensors = iter(inputs.values())
-        x = tree_unflatten([next(tensors) if isinstance(t, torch.Tensor) else t for _, t in flat], spec)
+        x = tree_map_only(torch.Tensor, lambda _: next(tensors), self.x)
         if isinstance(x, Mapping):
             return (), dict(x), inputs
         return (x if isinstance(x, tuple) else (x,)), {}, inputs
 
-    def _run(self, way: _Way, ask: Ask, needs: Collection[str]) -> Run:
+    def run(self, way: Way, ask: Ask, needs: Collection[str]) -> Outcome:
+        """Run in this way, with gradients of what is in ``needs``. Raises what the model raises."""
+        try:
+            return self._run(way, ask, needs)
+        except RuntimeError as error:
+            # Checkpointing with use_reentrant=True raises this: it works with backward() only.
+            if self._by_backward or "heckpoint" not in str(error) or ".grad()" not in str(error):
+                raise
+        self._by_backward = True
+        return self._run(way, ask, needs)
+
+    def _run(self, way: Way, ask: Ask, needs: Collection[str]) -> Outcome:
         parameters = dict(way.model.named_parameters())
-        written: set[str] = set()
+        changed: set[str] = set()
         with left_as_it_was(way.model, self.x):
-            args, kwargs, inputs = self._arguments(way.change, needs)
+            args, kwargs, inputs = self.arguments(way.change, needs)
             values = {name: _clone(tensor) for name, tensor in inputs.items()}
-            before = random_states((parameters, inputs))
+            before = _random_states()
             try:
-                for name in self.trained:
+                for name in self._trained:
                     parameters[name].requires_grad_(name in needs)
                 with way.context():
                     output = way.model(*args, **kwargs)
                     leaves = {n: t for n, t in (*inputs.items(), *parameters.items()) if n in needs}
-                    results = self._results(ask, output, leaves, written)
+                    results, written = self._results(ask, output, leaves)
             finally:
-                for name in self.trained:
-                    parameters[name].requires_grad_(self._flags[name])
+                for name in self._trained:
+                    parameters[name].requires_grad_()
                 if way.model is self.model:
-                    written |= self._put_parameters_back()
-            written |= {name for name, tensor in inputs.items() if not _same(tensor, values[name])}
-            self._draws |= not all(map(torch.equal, before, random_states((parameters, inputs))))
-        return Run(results, frozenset(written))
+                    changed = self.put_parameters_back()
+            changed |= {name for name, tensor in inputs.items() if not _same(tensor, values[name])}
+            self._random |= not all(map(torch.equal, before, _random_states()))
+        return Outcome(results, written | changed)
 
-    def _results(self, ask: Ask, output: Any, leaves: dict[str, torch.Tensor], written: set[str]) -> Results:
+    def put_parameters_back(self) -> set[str]:
+        """Give the model's parameters their values again, and return the names of those that had others."""
+        changed = set()
+        for name, parameter in self.model.named_parameters():
+            if not _same(parameter, self._values[name]):
+                changed.add(name)
+                parameter.data.copy_(self._values[name])
+        return changed
+
+    def _results(self, ask: Ask, output: Any, needing: dict[str, torch.Tensor]) -> tuple[Results, set[str]]:
+        """The output, the loss and the gradients, and names of what the backward wrote to."""
         outputs = {
             "output" + keystr(path): leaf
             for path, leaf in tree_flatten_with_path(output)[0]
@@ -232,93 +218,77 @@ class Runs:
             results["loss"] = _comparable(loss)
             outputs = {"loss": loss}
         targets = [tensor for tensor in outputs.values() if tensor.requires_grad]
-        leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-        if not targets or not leaves:
-            return results
+        names = [name for name, leaf in needing.items() if leaf.requires_grad]
+        if not targets or not names:
+            return results, set()
+        leaves = [needing[name] for name in names]
         incoming = [
             torch.ones_like(target) if "loss" in results else _incoming(ask, number, target)
             for number, target in enumerate(targets)
         ]
-        values = [_clone(tensor) for tensor in incoming]
-        names = list(leaves)
-        gradients = self._gradients(targets, list(leaves.values()), incoming, ask == "twice", ask == "double")
+        values, written = [_clone(tensor) for tensor in incoming], set()
+        gradients = self._gradients(targets, leaves, incoming, ask)
         if ask == "twice":
             first, kept = gradients, [None if g is None else _clone(g) for g in gradients]
-            gradients = self._gradients(targets, list(leaves.values()), incoming)
+            gradients = self._gradients(targets, leaves, incoming, "loss")
             results |= _named("first gradient of", names, kept)
             if not all(map(_same, first, kept)):
                 written.add("the gradients of an earlier backward")
         if ask == "double":
-            gradients = _of_norm(gradients, list(leaves.values()))
+            gradients = _gradients_of_norm(gradients, leaves)
         if not all(map(_same, incoming, values)):
             written.add("the incoming gradient")
         if any(not _same(tensor, results[name]) for name, tensor in outputs.items()):
             written.add("the output")
-        return results | _named("gradient of", names, gradients)
+        return results | _named("gradient of", names, gradients), written
 
     def _gradients(
-        self,
-        targets: list[torch.Tensor],
-        leaves: list[torch.Tensor],
-        incoming: list[torch.Tensor],
-        keep: bool = False,
-        create: bool = False,
-    ) -> list[torch.Tensor | None]:
-        # Not by backward(), which calls hooks of the parameters: an optimizer's, for one.
-        if not self._by_backward:
-            return list(
-                torch.autograd.grad(targets, leaves, incoming, keep or create, create, allow_unused=True)
-            )
-        torch.autograd.backward(targets, incoming, keep or create, create)
+        self, targets: list[torch.Tensor], leaves: list[torch.Tensor], incoming: list[torch.Tensor], ask: Ask
+    ) -> Sequence[Value]:
+        keep, create = ask in ("twice", "double"), ask == "double"
+        if not self._by_backward:  # backward() would call hooks of the parameters, an optimizer's for example
+            return torch.autograd.grad(targets, leaves, incoming, keep, create, allow_unused=True)
+        torch.autograd.backward(targets, incoming, keep, create)
         gradients = [leaf.grad for leaf in leaves]
         for leaf in leaves:
             leaf.grad = None
         return gradients
 
 
-def in_words(error: BaseException) -> str:
-    """Its type and the first of its words."""
-    text = " ".join(str(error).split())
-    return textwrap.shorten(f"{type(error).__name__}: {text}".rstrip(": "), 240, placeholder=" ...")
+def _random_states() -> list[torch.Tensor]:
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *on_gpus]
 
 
-def _named(what: str, names: list[str], gradients: list[torch.Tensor | None]) -> Results:
-    names = [f"{what} {name.replace('_orig_mod.', '')}" for name in names]  # without what torch.compile adds
-    return {n: None if g is None else _comparable(g) for n, g in zip(names, gradients, strict=True)}
+def _named(what: str, names: list[str], gradients: Sequence[Value]) -> Results:
+    return {
+        f"{what} {shown_name(name)}": None if gradient is None else _comparable(gradient)
+        for name, gradient in zip(names, gradients, strict=True)
+    }
 
 
-def _of_norm(gradients: list[torch.Tensor | None], leaves: list[torch.Tensor]) -> list[torch.Tensor | None]:
-    """The gradient of the gradients' norm; 0 for what does not depend on them."""
-    norms = [
-        # In float32 at least, as the squares of 16-bit numbers would overflow. Where the norm is 0 it has a
-        # gradient, as a square root has not.
-        torch.linalg.vector_norm(_dense(g).to(torch.promote_types(g.dtype, torch.float32))).to(
-            leaves[0].device
-        )
-        for g in gradients
-        if g is not None and g.requires_grad
-    ]
+def _gradients_of_norm(gradients: Sequence[Value], leaves: list[torch.Tensor]) -> Sequence[Value]:
+    """The gradients of the norm of all gradients together; 0 for leaves on which it does not depend."""
+    norms = []
+    for g in gradients:
+        if g is not None and g.requires_grad:
+            # Squares of 16-bit numbers overflow. At 0, vector_norm has a gradient and a square root has none.
+            wide = _dense(g).to(torch.promote_types(g.dtype, torch.float32))
+            norms.append(torch.linalg.vector_norm(wide).to(leaves[0].device))
     if not norms:
         return [torch.zeros_like(leaf) for leaf in leaves]
     norm = torch.linalg.vector_norm(torch.stack(norms))
-    return [
-        torch.zeros_like(leaf) if g is None else g
-        for g, leaf in zip(torch.autograd.grad(norm, leaves, allow_unused=True), leaves, strict=True)
-    ]
+    return torch.autograd.grad(norm, leaves, allow_unused=True, materialize_grads=True)
 
 
 def _incoming(ask: Ask, number: int, target: torch.Tensor) -> torch.Tensor:
-    """The gradient that comes in: the same numbers on every device and in every dtype."""
+    """The incoming gradient: the same numbers on every device and in every dtype."""
     with _disable_current_modes():
         if ask == "stride 0":
             return torch.ones((), dtype=target.dtype, device=target.device).expand(target.shape)
         generator = torch.Generator().manual_seed(number)
-        # Numbers that bfloat16 holds, so that no dtype rounds them.
-        random = (
-            torch.randn(target.shape, generator=generator, device="cpu")
-            .bfloat16()
-            .to(target.device, target.dtype)
-        )
+        # Rounded to bfloat16, so that no dtype rounds them.
+        random = torch.randn(target.shape, generator=generator, device="cpu").bfloat16().to(target)
         if ask == "transposed" and target.dim() > 1:
             return random.transpose(-1, -2).contiguous().transpose(-1, -2)
         return random
@@ -329,46 +299,31 @@ class _LinearReLU(torch.nn.Linear):
         return F.relu(F.linear(input, self.weight, self.bias))
 
 
-_PLAIN: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+_TORCH_NN: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     nn.Linear: torch.nn.Linear,
     nn.LinearReLU: _LinearReLU,
     LinearBeforeReLU: torch.nn.Linear,
-    LinearBeforeClamp: torch.nn.Linear,
     nn.Sequential: torch.nn.Sequential,
     nn.MLP: torch.nn.Sequential,
 }
 
 
 @contextlib.contextmanager
-def _plainly(model: torch.nn.Module) -> Iterator[None]:
-    """Every layer of this package is one of torch.nn, and nothing is compiled."""
-    kinds = {}
-    for module in model.modules():
-        kind = type(module)
-        plain = kind.__dict__.get("_came_from") or _PLAIN.get(kind)
-        if plain is not None:
-            kinds[module] = kind, plain
-    # Compiled code runs only once this is imported; to import it for nothing would take seconds.
-    compiled = "torch._dynamo" in sys.modules
+def _on_torch_nn(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, every layer of this package is the torch.nn layer that it replaces, and nothing is compiled."""
+    changed = []
     try:
-        for module, (_, plain) in kinds.items():
-            object.__setattr__(module, "__class__", plain)
-        with (
-            backend_choice.backend("torch"),
-            torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext(),
-        ):
+        for module in model.modules():
+            kind = type(module)
+            plain = kind.__dict__.get("_came_from") or _TORCH_NN.get(kind)
+            if plain is not None:
+                changed.append((module, kind))
+                object.__setattr__(module, "__class__", plain)
+        with backend_choice.backend("torch"), uncompiled():
             yield
     finally:
-        for module, (kind, _) in kinds.items():
+        for module, kind in changed:
             object.__setattr__(module, "__class__", kind)
-
-
-@contextlib.contextmanager
-def _all_of(*contexts: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
 
 
 def _floating(tensor: torch.Tensor) -> bool:
@@ -377,6 +332,14 @@ def _floating(tensor: torch.Tensor) -> bool:
 
 def _clone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone()
+
+
+def _clone_in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    return _clone(to_float64(tensor))
+
+
+def _nudged(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return accuracy.nudged(tensor, generator) if _floating(tensor) else _clone(tensor)
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
@@ -388,8 +351,8 @@ def _comparable(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    """The same values, NaN for NaN."""
+def _same(one: Value, other: Value) -> bool:
+    """Whether they have the same values; NaN is the same as NaN."""
     if one is None or other is None:
         return one is other
     one, other = _comparable(one), _comparable(other)

@@ -2,10 +2,11 @@
 
     from fusedmlp import nn  # instead of: from torch import nn
 
-The same parameters, initial values, ``state_dict`` keys and ``repr``: checkpoints go both ways.
+Parameters, initial values, ``state_dict`` keys and ``repr`` are the same: checkpoints go both ways.
 """
 
 import abc
+import functools
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,14 +18,14 @@ from torch.nn import *  # noqa: F403  all of torch.nn, whatever its version has
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedmlp import functional as _functional
-from fusedmlp.dispatch.predicate import left_to_compiler
+from fusedmlp.dispatch.predicate import left_to_compiler, record
 from fusedmlp.nn import _same_modules
-from fusedmlp.torch_tools.patched import CALL_IMPL, LINEAR_FORWARD, SEQUENTIAL_FORWARD
+from fusedmlp.torch_tools.patched import CALL_IMPL, LINEAR_FORWARD, SEQUENTIAL_FORWARD, why_patched
 
 _same_modules.install()
-__path__ = []  # the files below this folder are for type checkers: no module lies in them
+__path__ = []  # the .pyi files in this folder are for type checkers; there is no module to import
 
-# By name: small calls count.
+# By name, as small calls ask.
 _MODULE, _TORCHS_LINEAR, _TORCHS_SEQUENTIAL = torch.nn.Module, torch.nn.Linear, torch.nn.Sequential
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
@@ -32,15 +33,11 @@ _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 def _scripted_as(plain: Callable[..., Any]) -> Callable[[_Forward], _Forward]:
     """Have ``torch.jit.script`` compile another function in place of this forward.
 
-    It compiles the source that ``inspect`` finds, which looks behind ``__wrapped__``. To give it another
-    module, as ``__prepare_scriptable__`` does, would replace the members of the model that it is called with.
+    It compiles the source that ``inspect`` finds, which follows ``__wrapped__``. ``__prepare_scriptable__``,
+    made for this, would replace the members of the model on which ``torch.jit.script`` is called.
     """
-
-    def mark(forward: _Forward) -> _Forward:
-        forward.__wrapped__ = plain  # type: ignore[attr-defined]
-        return forward
-
-    return mark
+    wraps: Any = functools.wraps(plain, assigned=(), updated=())  # sets __wrapped__ alone
+    return wraps  # type: ignore[no-any-return]
 
 
 def _plain_linear(self: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
@@ -52,11 +49,11 @@ def _plain_linear_relu(self: torch.nn.Linear, input: torch.Tensor) -> torch.Tens
 
 
 class Linear(torch.nn.Linear, metaclass=abc.ABCMeta):  # type: ignore[no-redef]  # for torch's, by the *
-    """``torch.nn.Linear``, alike in everything that can be seen.
+    """``torch.nn.Linear`` with the same parameters, arguments and results.
 
-    input ``(..., in_features)``, output ``(..., out_features)``. ``isinstance(layer, Linear)`` is true of
-    torch's own Linears too, such as those in ``nn.Transformer``: code that initialises or counts by it finds
-    all. ``type(layer)`` tells the two apart.
+    input ``(..., in_features)``, output ``(..., out_features)``. ``isinstance(layer, Linear)`` is true for
+    torch's own Linears too, such as those in ``nn.Transformer``, so that code which initialises or counts
+    layers by it finds all of them. ``type(layer)`` tells the two apart.
 
     >>> Linear(4, 2)(torch.randn(8, 4)).shape
     torch.Size([8, 2])
@@ -68,22 +65,20 @@ class Linear(torch.nn.Linear, metaclass=abc.ABCMeta):  # type: ignore[no-redef] 
 
     @_scripted_as(_plain_linear)
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if _TORCHS_LINEAR.forward is not LINEAR_FORWARD:  # somebody has replaced it for all Linears
-            _functional.say_patched(input, self.weight, self.bias, False)
+        if _TORCHS_LINEAR.forward is not LINEAR_FORWARD:  # replaced for all Linears
+            record(input, [self.weight], [self.bias], False, why_patched())
             return super().forward(input)
-        if type(self) is Linear and _own_parameters(
-            self
-        ):  # each attribute would cost a tenth of a small call
-            own = self._parameters
+        if type(self) is Linear and _own_parameters(self):
+            own = self._parameters  # self.weight and self.bias would each cost a tenth of a small call
             return _functional.linear(input, own["weight"], own["bias"])  # type: ignore[arg-type]
         return _functional.linear(input, self.weight, self.bias)
 
 
 class LinearReLU(Linear):
-    """A Linear whose output goes through ReLU, in one kernel where there is one.
+    """A Linear with a ReLU on its output, computed by one kernel where the kernels run.
 
-    Arguments, parameters, initial values and keys of ``torch.nn.Linear``. Tools that replace a module
-    because it is a ``torch.nn.Linear`` may forget its ReLU: for those, write Linear and ReLU.
+    Arguments, parameters, initial values and keys are those of ``torch.nn.Linear``. Tools that replace a
+    module because it is a ``torch.nn.Linear`` may lose its ReLU: with those, write Linear and ReLU.
 
     >>> bool((LinearReLU(4, 2)(torch.randn(8, 4)) >= 0).all())
     True
@@ -92,13 +87,13 @@ class LinearReLU(Linear):
     @_scripted_as(_plain_linear_relu)
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if _TORCHS_LINEAR.forward is not LINEAR_FORWARD:
-            _functional.say_patched(input, self.weight, self.bias, True)
+            record(input, [self.weight], [self.bias], True, why_patched())
             return torch.nn.functional.relu(_TORCHS_LINEAR.forward(self, input))
         return _functional.linear_relu(input, self.weight, self.bias)
 
 
 class LazyLinear(torch.nn.LazyLinear, Linear):  # type: ignore[no-redef]
-    """``torch.nn.LazyLinear``: its first input says in_features, and from then on it is a :class:`Linear`.
+    """``torch.nn.LazyLinear``: takes in_features from its first input, and becomes a :class:`Linear` then.
 
     >>> LazyLinear(2)(torch.randn(8, 4)).shape
     torch.Size([8, 2])
@@ -112,11 +107,11 @@ class LazyLinear(torch.nn.LazyLinear, Linear):  # type: ignore[no-redef]
 
 
 class Sequential(torch.nn.Sequential, metaclass=abc.ABCMeta):  # type: ignore[no-redef]
-    """``torch.nn.Sequential`` that runs each stretch Linear, ReLU, Linear, ReLU, ... as one operation.
+    """``torch.nn.Sequential`` that runs each chain Linear, ReLU, Linear, ReLU, ... as one operation.
 
-    A stretch is as long as can be, and ends where somebody could notice: at a module of any other kind, at a
-    hook, a subclass, a parametrization or a patched forward, and where a layer comes a second time. To
-    ``isinstance``, torch's own Sequentials are such too, as its Linears are to :class:`Linear`.
+    A chain is as long as possible. It ends at a module of any other kind, at a hook, a subclass, a
+    parametrization or a patched forward, and where a layer comes a second time. ``isinstance(model,
+    Sequential)`` is true for torch's own Sequentials too, as it is for :class:`Linear`.
 
     >>> Sequential(Linear(4, 3), ReLU(), Linear(3, 1))(torch.randn(8, 4)).shape
     torch.Size([8, 1])
@@ -128,8 +123,8 @@ class Sequential(torch.nn.Sequential, metaclass=abc.ABCMeta):  # type: ignore[no
 
     @_scripted_as(torch.nn.Sequential.forward)
     def forward(self, input: Any) -> Any:
-        # Somebody may be looking at the modules one by one: a tracer or compiler, by a wrapped input, by a
-        # hook or by a patched call. Or somebody has replaced a forward for all.
+        # The modules must run one by one if the input is wrapped, a compiler traces them, a global hook sees
+        # them, or a function that calls them was replaced.
         if (
             type(input) is not torch.Tensor
             or _TORCHS_SEQUENTIAL.forward is not SEQUENTIAL_FORWARD
@@ -140,10 +135,13 @@ class Sequential(torch.nn.Sequential, metaclass=abc.ABCMeta):  # type: ignore[no
             or _MODULE._call_impl is not CALL_IMPL
         ):
             return super().forward(input)  # type: ignore[no-untyped-call]
-        layers: list[torch.nn.Module] = []  # the stretch that is being collected,
+        # Example: Linear a, ReLU, Linear b, Tanh, Linear c, ReLU. a starts a chain, its ReLU is noted, and b
+        # joins. Tanh ends the chain: _run computes relu(a) and b at once, and Tanh runs. c starts the next
+        # chain, its ReLU is noted, and the last line runs both.
+        layers: list[torch.nn.Module] = []  # of the chain that is being collected
         weights: list[torch.Tensor] = []
         biases: list[torch.Tensor | None] = []
-        relu = False  # and whether it has a ReLU at its end
+        relu = False  # True if the chain so far ends in a ReLU
         for module in self:
             kind = type(module)
             if kind is torch.nn.ReLU and layers and not relu and _unobserved(module):
@@ -193,7 +191,7 @@ class MLP(Sequential):
         except TypeError:
             hint = f"hidden_features is a list of widths, such as [256, 128], got {hidden_features!r}"
             raise TypeError(hint) from None
-        if callable(bias):  # an activation or a norm, as other libraries' MLPs take
+        if callable(bias):  # an activation or a norm, which other libraries' MLPs take there
             raise TypeError(f"bias is True or False, got {bias!r}; between the layers is always ReLU")
         layers: list[torch.nn.Module] = []
         for width in widths:
@@ -206,7 +204,7 @@ class MLP(Sequential):
     @overload
     def __getitem__(self, idx: int) -> torch.nn.Module: ...
     def __getitem__(self, idx: slice | int) -> torch.nn.Module:
-        if isinstance(idx, slice):  # not an MLP, whose __init__ wants widths
+        if isinstance(idx, slice):  # torch's would call type(self), and MLP's __init__ takes widths
             return Sequential(OrderedDict(list(self._modules.items())[idx]))
         return super().__getitem__(idx)
 
@@ -214,7 +212,7 @@ class MLP(Sequential):
 _MODULE_CALL = torch.nn.Module.__call__
 _LINEARS = (torch.nn.Linear, Linear, LinearReLU)
 _FORWARDS: dict[type[torch.nn.Module], Callable[..., torch.Tensor]] = {
-    kind: kind.forward for kind in (torch.nn.Linear, Linear, LinearReLU, torch.nn.ReLU)
+    kind: kind.forward for kind in (*_LINEARS, torch.nn.ReLU)
 }
 
 
@@ -227,7 +225,7 @@ def _run(
 
 
 def _unobserved(module: torch.nn.Module) -> bool:
-    """Whether a call of this module is its class's own forward and nothing else."""
+    """True if a call of this module runs its class's own forward and nothing else."""
     own = module.__dict__
     return not (
         own["_forward_hooks"]
@@ -241,13 +239,13 @@ def _unobserved(module: torch.nn.Module) -> bool:
 
 
 def _own_parameters(module: torch.nn.Module) -> bool:
-    """Whether weight and bias are the registered ones: no plain attribute of that name is in the way."""
+    """True if weight and bias are the registered parameters, not hidden by plain attributes of that name."""
     own, attributes = module._parameters, module.__dict__
     return "weight" in own and "bias" in own and "weight" not in attributes and "bias" not in attributes
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):  # torch.nn's __path__ or __file__, for one, are not ours
+    if name.startswith("__"):  # not torch.nn's __path__ or __file__, for example
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(torch.nn, name)
 

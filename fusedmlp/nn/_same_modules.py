@@ -1,4 +1,4 @@
-"""Every module below ``torch.nn`` is importable below ``fusedmlp.nn`` too, and is the same object there.
+"""Make every module below ``torch.nn`` importable below ``fusedmlp.nn`` too, as the same object.
 
 So ``import fusedmlp.nn.functional as F`` and ``from fusedmlp.nn.utils import prune`` work.
 """
@@ -15,18 +15,19 @@ _OURS, _TORCHS = "fusedmlp.nn.", "torch.nn."
 
 
 def install() -> None:
-    """Have Python's import find them. Another call changes nothing."""
+    """Let Python's import find them. Another call changes nothing."""
     if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
-        # Before Python's own finder, which would load copies: a shared package lists torch's files.
+        # Before Python's own finder, which would load copies of torch's files: it finds their folders in the
+        # __path__ of a shared package.
         sys.meta_path.insert(0, _Finder())
     _share_loaded()
 
 
 def _share_loaded() -> None:
-    """Give our name to all that torch has loaded.
+    """Enter all that torch has loaded under our name, so that Python's import finds it loaded.
 
-    For these Python's import has nothing left to do. If it loaded them by our name, it would also set them in
-    the package they lie in, and ``torch.nn.utils.weight_norm`` there is a function of that name.
+    Loading it by our name would also set it as an attribute of its package, and so replace the function
+    ``torch.nn.utils.weight_norm`` by the module of that name.
     """
     for name, module in list(sys.modules.items()):
         loading = getattr(getattr(module, "__spec__", None), "_initializing", False)  # in another thread
@@ -35,7 +36,7 @@ def _share_loaded() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Loads what torch has not loaded yet, by torch's name."""
+    """Loads by torch's name what torch has not loaded yet."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -55,7 +56,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Undo the one thing that Python's import has changed in the module: it has set our spec."""
+        """Give the module its own spec back, which Python's import has replaced by ours."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
         _share_loaded()

@@ -1,4 +1,4 @@
-"""The one measure of right: the error against float64, in units of PyTorch's own error."""
+"""When a result is accurate: its error against float64 is at most twice that of PyTorch's own result."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ FLOOR = 2 * torch.finfo(torch.float32).eps
 
 
 class Comparison(NamedTuple):
-    """Maximum and RMS of ours and of PyTorch's error, the exact result's largest value, and what is wrong."""
+    """Maximum and RMS error of our result and of PyTorch's, the largest exact value, and what is wrong."""
 
     errors: tuple[float, float]
     torchs_errors: tuple[float, float]
@@ -26,42 +26,39 @@ def compare(
     floor: float = FLOOR,
     known: tuple[float, float] = (0.0, 0.0),
 ) -> Comparison:
-    """Whether ours, of the same shape, errs at most twice as much as PyTorch's result, in maximum and in RMS.
+    """Compare our result and PyTorch's, of the same shape, with the exact one, in the maximum and in RMS.
 
-    One small floor is added, two units of float32 in the last place of the largest value, for PyTorch is at
-    times exactly right. Infinities and NaN must be the same as PyTorch's. ``known``: PyTorch's own errors are
-    at least these, as was found elsewhere.
+    The allowed error is ``factor`` times PyTorch's, plus ``floor`` times the largest value, because PyTorch
+    sometimes has no error at all. Infinities and NaN must be where PyTorch has them. ``known`` is a lower
+    bound of PyTorch's errors that was found on other inputs.
     """
     finite = torchs.isfinite()
-    everything = bool(finite.all())
-    unknown = (math.nan, math.nan)
+    all_finite = bool(finite.all())
     if not torch.equal(ours.isnan(), torchs.isnan()):
-        return Comparison(unknown, unknown, math.nan, "NaN in other places than PyTorch's")
-    if not everything and not torch.equal(ours[~finite].nan_to_num(), torchs[~finite].nan_to_num()):
-        return Comparison(unknown, unknown, math.nan, "other infinities")
-    if not finite.any():
+        return Comparison((math.nan,) * 2, (math.nan,) * 2, math.nan, "NaN in other places than PyTorch's")
+    if not all_finite:
+        if not torch.equal(ours[~finite].nan_to_num(), torchs[~finite].nan_to_num()):
+            return Comparison((math.nan,) * 2, (math.nan,) * 2, math.nan, "other infinities")
+        ours, torchs, exact = ours[finite], torchs[finite], exact[finite]
+    if not exact.numel():
         return Comparison((0.0, 0.0), (0.0, 0.0), 0.0, None)
-
-    def chosen(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if everything else tensor[finite]  # which is slow
-
-    exact = chosen(exact).double()
-    got, its = errors_of(chosen(ours), exact), errors_of(chosen(torchs), exact)
-    its = max(its[0], known[0]), max(its[1], known[1])
+    exact = exact.double()
+    errors, torchs_errors = errors_of(ours, exact), errors_of(torchs, exact)
+    torchs_errors = max(torchs_errors[0], known[0]), max(torchs_errors[1], known[1])
     largest = exact.abs().max().item()
     problem = None
-    for name, error, torchs_error in zip(("maximum", "RMS"), got, its, strict=True):
+    for name, error, torchs_error in zip(("maximum", "RMS"), errors, torchs_errors, strict=True):
         most = factor * torchs_error + floor * largest
-        if problem is None and not error <= most:
+        if problem is None and not error <= most:  # also if it is NaN
             problem = f"{name} error {error:.3g}, PyTorch's own {torchs_error:.3g}, allowed {most:.3g}"
-    return Comparison(got, its, largest, problem)
+    return Comparison(errors, torchs_errors, largest, problem)
 
 
 def nudged(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each value up to one unit in its last place away.
+    """Move each value by up to one unit in its last place.
 
-    How wrong PyTorch is on such inputs is how wrong it can as well be on the given ones: by luck a single
-    result is at times almost exact.
+    PyTorch's error on such inputs is one that it could as well have on the given ones, where a single result
+    may be almost exact by luck.
     """
     wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float64))
     by = 2 * torch.rand(tensor.shape, generator=generator).to(tensor.device) - 1
@@ -69,6 +66,6 @@ def nudged(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def errors_of(values: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
-    """The largest and the RMS."""
+    """The maximum and the RMS error."""
     error = (values.double() - exact).abs()
     return error.max().item(), error.square().mean().sqrt().item()

@@ -1,9 +1,9 @@
-"""CUDA graphs whose failed capture harms nobody: afterwards the process is as it was.
+"""Capture CUDA graphs so that a capture that fails leaves the process as it was.
 
-PyTorch leaves a capture that fails half ended. In torch 2.11 the caller stays on the capture's stream, the
-allocator goes on serving the graph's memory pool, and the default generator believes that it is still being
-captured, so that every ``randn`` and every dropout raises from then on. The C++ behind this was read in
-``aten/src/ATen/cuda/CUDAGraph.cpp`` and ``CUDAGeneratorImpl.cpp``.
+PyTorch itself does not end a failed capture completely. In torch 2.11 the capture's stream stays current, the
+allocator keeps serving the graph's memory pool, and the default generator still acts as if it were captured,
+so that every later ``randn`` or dropout raises. See ``aten/src/ATen/cuda/CUDAGraph.cpp`` and
+``CUDAGeneratorImpl.cpp``.
 """
 
 import contextlib
@@ -20,36 +20,35 @@ Result = TypeVar("Result")
 
 _one_at_a_time = threading.Lock()  # PyTorch captures one graph at a time in a process
 
-# PyTorch's allocator of pinned memory keeps a pointer to a graph whose capture has failed, so the graph has
-# to stay. It is empty, and there are few of them: a route is closed after its first failure.
+# PyTorch's allocator of pinned memory keeps a pointer to a graph whose capture failed, so these must stay
+# alive. They are empty, and few: no caller tries again after a failure.
 _failed_graphs: list[torch.cuda.CUDAGraph] = []
 
 
 class CaptureFailed(RuntimeError):
-    """A graph could not be captured, for the reason in the message. Nothing else has changed."""
+    """A graph could not be captured; the message has the reason. Nothing else has changed."""
 
 
 def why_not_capture() -> str | None:
-    """None if this process may capture graphs at all, else the reason."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        count = distributed.get_world_size()
-        return f"this is one of {count} processes, and a replay would leave out what they tell each other"
+    """The reason why this process must not capture graphs, or None."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        count = torch.distributed.get_world_size()
+        if count > 1:
+            return f"This is one of {count} processes, and a replay would leave out their communication."
     return None
 
 
 def capture(
     run: Callable[[], Result], device: torch.device, stream: "torch.cuda.Stream | None" = None
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """Capture what ``run`` launches on ``device``: the graph, and what ``run`` returned.
+    """Capture what ``run`` launches on ``device``, and return the graph and what ``run`` returned.
 
-    The capture has a memory pool of its own, and a stream of its own if none is given. What ``run`` returned
-    is computed by each replay. Other threads may use the GPU meanwhile, but not capture: they wait.
+    Each replay computes that result again. The capture has its own memory pool and, if none is given, its own
+    stream. Other threads may use the GPU meanwhile; their captures wait. ``run`` is called once.
 
-    Whatever ``run`` or PyTorch raises, CaptureFailed is raised in its place, once all is as it was: the
-    current stream and device, the allocator, the default generator. Nothing is kept of the graph and of the
-    frames in which it failed, so the caller may compute the same without a graph. KeyboardInterrupt goes
-    through.
+    Raises CaptureFailed if ``run`` or PyTorch raises, after the current stream and device, the allocator and
+    the default generator are as they were. No memory of the graph or of the failed frames is kept, so the
+    caller can compute the same without a graph. KeyboardInterrupt is not replaced.
 
     >>> graph, y = capture(lambda: model(x), x.device)
     >>> graph.replay()
@@ -64,14 +63,14 @@ def capture(
 def _capture(
     run: Callable[[], Result], stream: "torch.cuda.Stream"
 ) -> tuple[torch.cuda.CUDAGraph, Result] | str:
-    """The same on the current device; the reason if it failed, which holds on to nothing."""
-    reasons: list[str] = []  # the first is the cause, the others come of it
+    """Capture on the current device; return the reason if that fails, as an error would hold tensors."""
+    cause: list[str] = []  # an error of run, which makes PyTorch raise another one
 
-    def noted() -> Result:
+    def run_and_note() -> Result:
         try:
             return run()
         except Exception as error:
-            reasons.append(first_line(error))
+            cause.append(first_line(error))
             raise
 
     before = torch.cuda.current_stream()
@@ -80,13 +79,12 @@ def _capture(
     captured = False
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            result = noted()
+            result = run_and_note()
         captured = True
         return graph, result
     except Exception as error:
-        reasons.append(first_line(error))
         _forget_frames(error)
-        return reasons[0]
+        return cause[0] if cause else first_line(error)
     finally:
         if not captured:
             torch.cuda.set_stream(before)
@@ -94,19 +92,16 @@ def _capture(
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """Let go of what the frames hold in which this error was raised: tensors in the graph's memory.
-
-    They would go with the error, but somebody may have kept that.
-    """
+    """Clear the frames of this error: they hold tensors in the graph's memory, and someone may keep it."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
 
 
 def _put_back(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: "torch.cuda.Stream") -> None:
-    """End what the failed capture has left begun, on the current device."""
+    """End what a failed capture on the current device did not end itself."""
     device = torch.cuda.current_device()
-    # It raises where the capture itself came as far as this; then the graph lets go of its pool in reset().
+    # These raise if the capture itself got that far; then graph.reset() releases the pool.
     with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
@@ -115,8 +110,8 @@ def _put_back(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: "torch
     generator = torch.cuda.default_generators[device]
     if _draws(generator):
         return
-    # The generator's state believes that it is being captured. A capture that succeeds ends that, and leaves
-    # the state in place, in which other graphs have a part.
+    # The generator still acts as if it were captured. A capture that succeeds ends that and keeps the state
+    # object, which other graphs share.
     scratch = torch.zeros(1, device=generator.device)
     stream.wait_stream(torch.cuda.current_stream())
     small = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local")
@@ -127,7 +122,7 @@ def _put_back(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: "torch
 
 
 def _draws(generator: torch.Generator) -> bool:
-    """Whether random numbers can be drawn; those that are drawn to find out are drawn again later."""
+    """Whether random numbers can be drawn; the state is put back afterwards."""
     state = generator.get_state()
     try:
         torch.empty(1, device=generator.device).uniform_(generator=generator)
@@ -140,9 +135,9 @@ def _draws(generator: torch.Generator) -> bool:
 
 @contextlib.contextmanager
 def beside(stream: "torch.cuda.Stream", *tensors: torch.Tensor) -> Iterator[None]:
-    """Inside, work goes to ``stream``: after what was launched before, and before what is launched later.
+    """Inside, launch on ``stream``, in order with earlier and later launches on the current stream.
 
-    tensors: of the current stream, which are used inside.
+    ``tensors`` are those of the current stream that are used inside.
     """
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)

@@ -1,7 +1,7 @@
-"""Whether somebody has replaced one of PyTorch's own functions for all, as profilers and LoRA tools do.
+"""Detect that other code has replaced one of PyTorch's own functions, as profilers and LoRA tools do.
 
-What is fused stands in for those functions and would not call them. "Replaced" means: it is not the function
-that was there when this package was imported.
+Fused code runs in place of those functions, so it would not call the replacement. A function counts as
+replaced if it is not the one that was there when this package was imported.
 """
 
 from typing import Any
@@ -11,7 +11,8 @@ from torch import autograd
 from torch.nn import functional as F
 from torch.optim import adam, adamw, sgd
 
-_Linear, _ReLU, _Sequential = torch.nn.Linear, torch.nn.ReLU, torch.nn.Sequential  # by name, as steps ask
+# Global names, which each step reads faster than attributes of torch.nn.
+_Linear, _ReLU, _Sequential = torch.nn.Linear, torch.nn.ReLU, torch.nn.Sequential
 _Flatten, _Module, _Tensor = torch.nn.Flatten, torch.nn.Module, torch.Tensor
 LINEAR_FORWARD, SEQUENTIAL_FORWARD = torch.nn.Linear.forward, torch.nn.Sequential.forward
 CALL_IMPL, RELU = torch.nn.Module._call_impl, F.relu
@@ -20,24 +21,24 @@ TORCH_RELU = torch.relu  # which F.relu calls
 
 
 def why_patched() -> str | None:
-    """Which of the functions that a layer stands in for was replaced, in a sentence, or None.
+    """Say which of the functions that a fused layer replaces was replaced by other code, or return None.
 
-    One by one, so that torch.compile sees each, and compiles anew when it is another.
+    The comparisons are written out so that torch.compile guards on each and recompiles if one changes.
     """
     if _Linear.forward is not LINEAR_FORWARD:
-        return "torch.nn.Linear.forward was replaced"
+        return "The function torch.nn.Linear.forward was replaced."
     if _Sequential.forward is not SEQUENTIAL_FORWARD:
-        return "torch.nn.Sequential.forward was replaced"
+        return "The function torch.nn.Sequential.forward was replaced."
     if _ReLU.forward is not _RELU_FORWARD:
-        return "torch.nn.ReLU.forward was replaced"
+        return "The function torch.nn.ReLU.forward was replaced."
     if _Module._call_impl is not CALL_IMPL:
-        return "torch.nn.Module._call_impl was replaced"
+        return "The function torch.nn.Module._call_impl was replaced."
     if F.linear is not _LINEAR:
-        return "torch.nn.functional.linear was replaced"
+        return "The function torch.nn.functional.linear was replaced."
     if F.relu is not RELU:
-        return "torch.nn.functional.relu was replaced"
+        return "The function torch.nn.functional.relu was replaced."
     if torch.relu is not TORCH_RELU:
-        return "torch.relu was replaced"
+        return "The function torch.relu was replaced."
     return None
 
 
@@ -63,9 +64,10 @@ _NAMES = (
 
 
 def why_step_patched() -> str | None:
-    """The same for a whole step of training."""
+    """Say the same of the functions that a fused training step replaces."""
     now = _of_steps()
     if now != _STEPS:
         replaced = zip(_NAMES, now, _STEPS, strict=True)
-        return f"{next(name for name, is_now, was in replaced if is_now is not was)} was replaced"
+        name = next(name for name, is_now, was in replaced if is_now is not was)
+        return f"The function {name} was replaced."
     return why_patched()

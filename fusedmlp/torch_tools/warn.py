@@ -1,11 +1,11 @@
-"""Warnings that point at the user's own line, and the line that stands for an error."""
+"""Warnings that point at the user's own line, and one-line forms of errors."""
 
 import sys
 import warnings
 
 
 def warn(text: str, category: type[Warning] = RuntimeWarning) -> None:
-    """Warn of ``text`` where the user's code called this package, through torch or not."""
+    """Warn at the line of the user's code that called this package, directly or through torch."""
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
         ("fusedmlp.", "torch.")
@@ -15,5 +15,5 @@ def warn(text: str, category: type[Warning] = RuntimeWarning) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The error's type and the first line of what it says."""
+    """The type of the error and the first line of its message."""
     return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")

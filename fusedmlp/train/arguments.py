@@ -1,18 +1,15 @@
-"""What TrainStep was given: a clear error where it cannot be what was meant."""
+"""Clear errors for arguments of TrainStep that cannot be what the caller meant."""
 
 import inspect
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-_ORDER = "TrainStep(model, loss_fn, optimizer)"
-
 
 def check_step(model: Any, loss_fn: Any, optimizer: Any) -> None:
     """TypeError or ValueError unless these are a model, a loss and an optimizer that trains one of them."""
-    wrong_order = isinstance(loss_fn, torch.optim.Optimizer) or not callable(loss_fn)
-    hint = f"; the order is {_ORDER}" if wrong_order else ""
     for name, given, example in (
         ("model", model, "Net()"),
         ("loss_fn", loss_fn, "CrossEntropyLoss()"),
@@ -20,20 +17,18 @@ def check_step(model: Any, loss_fn: Any, optimizer: Any) -> None:
     ):
         if inspect.isclass(given) and issubclass(given, (torch.nn.Module, torch.optim.Optimizer)):
             raise TypeError(f"{name} is the class {given.__name__}; give an instance, such as {example}")
+    problem = None
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a torch.nn.Module, got {_kind(model)}; the order is {_ORDER}")
-    if isinstance(model, torch.nn.modules.loss._Loss):
-        raise TypeError(f"model is a loss, {_kind(model)}; the order is {_ORDER}")
-    if wrong_order:
-        raise TypeError(f"loss_fn is called as loss_fn(model(x), y), got {_kind(loss_fn)}{hint}")
-    if not all(hasattr(optimizer, name) for name in ("param_groups", "step", "zero_grad")):
-        raise TypeError(
-            f"optimizer is one of torch.optim's or like it, got {_kind(optimizer)}; the order is {_ORDER}"
-        )
-    trained = list(model.parameters())
-    if isinstance(loss_fn, torch.nn.Module):
-        trained += loss_fn.parameters()
-    if not trained:
+        problem = f"model must be a torch.nn.Module, got {_kind(model)}"
+    elif isinstance(model, torch.nn.modules.loss._Loss):
+        problem = f"model must be a network, got a loss, {_kind(model)}"
+    elif isinstance(loss_fn, torch.optim.Optimizer) or not callable(loss_fn):
+        problem = f"loss_fn is called as loss_fn(model(x), y), got {_kind(loss_fn)}"
+    elif not all(hasattr(optimizer, name) for name in ("param_groups", "step", "zero_grad")):
+        problem = f"optimizer must be one of torch.optim's or like it, got {_kind(optimizer)}"
+    if problem is not None:
+        raise TypeError(f"{problem}; the order is TrainStep(model, loss_fn, optimizer)")
+    if not list(_parameters(model, loss_fn)):
         raise ValueError(f"the model, a {_kind(model)}, has no parameters to train")
     if not has_some_of(optimizer, model, loss_fn):
         raise ValueError(NOTHING_TRAINED)
@@ -48,38 +43,43 @@ NOTHING_TRAINED = (
 def has_some_of(optimizer: Any, model: torch.nn.Module, loss_fn: Any) -> bool:
     """Whether a parameter of the model, or of a loss that is a module, is in the optimizer."""
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    modules = [model, loss_fn] if isinstance(loss_fn, torch.nn.Module) else [model]
-    return any(id(parameter) in known for module in modules for parameter in module.parameters())
+    return any(id(parameter) in known for parameter in _parameters(model, loss_fn))
+
+
+def _parameters(model: torch.nn.Module, loss_fn: Any) -> Iterator[torch.nn.Parameter]:
+    yield from model.parameters()
+    if isinstance(loss_fn, torch.nn.Module):
+        yield from loss_fn.parameters()
 
 
 def needs_closure(optimizer: Any) -> bool:
-    """Whether its step cannot do without a function that computes the loss anew, as LBFGS's."""
+    """Whether the optimizer's step requires a closure that computes the loss anew, as LBFGS's does."""
     try:
         parameter = inspect.signature(type(optimizer).step).parameters.get("closure")
-    except (TypeError, ValueError):  # made in C, for one
+    except (TypeError, ValueError):  # a step in C may have no signature
         return False
     return parameter is not None and parameter.default is parameter.empty
 
 
 def count(name: str, given: Any) -> int:
-    """An integer of 1 or more; TypeError for 32.0, as for the size of a tensor."""
+    """``given`` as an int of 1 or more; TypeError for 32.0, as for the size of a tensor."""
     try:
         number = operator.index(given)
     except TypeError:
-        raise TypeError(f"{name} is an integer, got {given!r}, a {_kind(given)}") from None
+        raise TypeError(f"{name} must be an integer, got {given!r}, a {_kind(given)}") from None
     if number < 1:
-        raise ValueError(f"{name} is 1 or more, got {given!r}")
+        raise ValueError(f"{name} must be 1 or more, got {given!r}")
     return number
 
 
 def check_epoch(images: Any, labels: Any, batch_size: int, drop_last: bool) -> None:
-    """TypeError or ValueError unless there is a batch in them."""
+    """TypeError or ValueError unless images and labels are tensors with as many rows, and a batch in them."""
     if isinstance(images, torch.utils.data.DataLoader):
         raise TypeError("epoch takes tensors; with a DataLoader, loop: for x, y in loader: step(x, y)")
     for name, given in (("images", images), ("labels", labels)):
         if not isinstance(given, torch.Tensor):
             hint = "; torch.from_numpy makes one of it" if hasattr(given, "__array_interface__") else ""
-            raise TypeError(f"{name} is a torch.Tensor, got {_kind(given)}{hint}")
+            raise TypeError(f"{name} must be a torch.Tensor, got {_kind(given)}{hint}")
         if given.dim() == 0:
             raise ValueError(f"{name} has no rows: it is a single number")
     rows = len(images)
@@ -94,5 +94,4 @@ def check_epoch(images: Any, labels: Any, batch_size: int, drop_last: bool) -> N
 
 def _kind(given: Any) -> str:
     kind = type(given)
-    name: str = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-    return name
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

@@ -1,58 +1,80 @@
-"""The step of an MLP on a CPU in direct ATen calls: forward, loss, backward and update without autograd.
+"""The training step of an MLP on a CPU without autograd: each formula is one or two ATen calls.
 
-The same formulas as autograd's, in PyTorch's own operators, so NaN and infinities go where they go there.
+In order, for layers ``z = x @ W.T + b`` with a ReLU between them:
+
+    forward    each layer's input x is kept
+    loss       and its gradient with respect to the last z
+    backward   from the last layer: grad_b = grad_z.sum(0), grad_W = grad_z.T @ x, grad_x = grad_z @ W,
+               which is 0 where the ReLU's output x is 0
+    clip       torch.nn.utils.clip_grad_norm_, if asked for
+    update     of each parameter p by its gradient g, as in torch.optim's documentation
+               (https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html, Adam.html, AdamW.html)
+
+    SGD    g += weight_decay * p;  m = momentum * m + (1 - dampening) * g
+           p -= lr * m, of Nesterov p -= lr * (g + momentum * m)
+    Adam   g += weight_decay * p, of AdamW p -= lr * weight_decay * p
+           m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g * g;  t += 1
+           p -= lr * (m / (1 - beta1**t)) / (sqrt(v / (1 - beta2**t)) + eps)
+
+The operators are those that autograd runs, so NaN and infinities go where they go in PyTorch's loop.
 """
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fusedmlp.dispatch import onednn
-from fusedmlp.train.recipe import SHARES_MEMORY, Recipe
+from fusedmlp.train.recipe import SHARES_MEMORY, Recipe, why_batch_unknown
+from fusedmlp.train.shared_memory import memory_of
 
 _aten = torch.ops.aten
 _threshold_backward = _aten.threshold_backward.grad_input
 _nll_loss, _nll_loss_backward = _aten.nll_loss_forward.default, _aten.nll_loss_backward.default
 _log_softmax_backward = _aten._log_softmax_backward_data.default
 _mse_loss, _mse_loss_backward = _aten.mse_loss.default, _aten.mse_loss_backward.default
-_MEAN, _IGNORE_INDEX = 1, -100  # of the losses' reductions, and cross_entropy's default
+_MEAN, _IGNORE_INDEX = 1, -100  # the losses' reduction, and cross_entropy's default
 _LEAST_ROWS_IN_BFLOAT16 = 32  # on Zen 5 as fast as float32; 64 are faster, and one takes twice the time
 
+# Of one layer: weight, bias, the weight in the dtype of the products, and the optimizer's group and state of
+# the weight and of the bias.
+_Options = tuple[dict[str, Any], dict[str, Any]]
+_Layer = tuple[Tensor, Tensor | None, Tensor, _Options, _Options | None]
 
-def why_not(recipe: Recipe, x: torch.Tensor, y: torch.Tensor) -> str | None:
-    """None if :func:`run` is right for this batch, else the reason."""
-    if type(x) is not torch.Tensor or type(y) is not torch.Tensor:
-        return "x or y is not a plain torch.Tensor"
+
+def why_not(recipe: Recipe, x: Tensor, y: Tensor, accumulating: bool) -> str | None:
+    """None if :func:`run` is right for this batch, else the reason.
+
+    accumulating: gradients of earlier calls wait in ``.grad``.
+    """
+    if type(x) is not Tensor or type(y) is not Tensor:
+        return "Either x or y is not a plain torch.Tensor."
     weight = recipe.weights[0]
     if not (x.is_cpu and y.is_cpu and weight.is_cpu):
-        return "x, y and the model are not all on the CPU"
+        return "The batch and the model are not all on the CPU."
     dtype = weight.dtype
     if x.dtype is not dtype or dtype not in (torch.float32, torch.float64):
-        return f"x is {x.dtype} and the model {dtype}; float32 or float64 is known"
-    if x.requires_grad or y.requires_grad or x.is_inference() or y.is_inference():
-        return "x or y requires grad, or was made in inference mode"
-    if x.layout is not torch.strided or y.layout is not torch.strided or x.is_nested or y.is_nested:
-        return "x or y is sparse or nested"
-    shape = x.shape
-    if len(shape) < 2 or not (recipe.flatten or len(shape) == 2):
-        return f"x {tuple(shape)} is not a batch of rows"
-    rows, columns = shape[0], shape[1:].numel()
-    if rows == 0 or columns != weight.shape[1]:
-        return f"x {tuple(shape)} is empty, or has not the {weight.shape[1]} columns of the first layer"
-    if recipe.loss == "cross_entropy":
-        if y.dtype is not torch.int64 or y.shape != (rows,):
-            return f"y is {tuple(y.shape)} of {y.dtype}; class numbers are known, int64, one for each row"
-    elif y.dtype is not dtype or y.shape != (rows, recipe.weights[-1].shape[0]):
-        return f"y is {tuple(y.shape)} of {y.dtype}, not like the output of the model"
-    # SGD updates each layer as soon as it can, before the layers below have read x for the last time; y has
-    # been read by then, and other updates come last of all.
+        return f"The input x is {x.dtype} and the model {dtype}; both must be float32, or both float64."
+    if x.is_inference() or y.is_inference():
+        return "Either x or y was made in inference mode."
+    if (reason := why_batch_unknown(recipe, x, y)) is not None:
+        return reason
+    # SGD updates each layer as soon as it can, before the first layer has read x for the last time. All other
+    # updates come after the last reading of x, and y is read before any update.
     if recipe.update == "sgd" and recipe.memory.touch(x):
         return SHARES_MEMORY
+    if accumulating:
+        grads = [p.grad for p in recipe.parameters if p.grad is not None]
+        if any(grad.layout is not torch.strided or not grad.is_contiguous() for grad in grads):
+            return "A gradient that waits in .grad is not contiguous."
+        memory = memory_of([*recipe.written, *grads])
+        if memory is None or memory.touch(x):
+            return "A gradient that waits in .grad shares memory with something else."
     return None
 
 
-def by_onednn(x: torch.Tensor, compute_dtype: torch.dtype | None) -> bool:
-    """Whether the products of some size are oneDNN's."""
+def by_onednn(x: Tensor, compute_dtype: torch.dtype | None) -> bool:
+    """Whether oneDNN computes the large products."""
     return (
         x.dtype is torch.float32
         and compute_dtype is None
@@ -63,37 +85,33 @@ def by_onednn(x: torch.Tensor, compute_dtype: torch.dtype | None) -> bool:
 
 def run(
     recipe: Recipe,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    first: bool,
-    last: bool,
+    x: Tensor,
+    y: Tensor,
+    done: int,
     accumulate: int,
     clip_grad_norm: float | None,
     compute_dtype: torch.dtype | None,
-) -> torch.Tensor:
-    """The loss, after which the parameters and the optimizer's state are those of the next step.
+) -> Tensor:
+    """Do the step on this batch, and return the mean loss before the update.
 
-    first, last: of ``accumulate`` calls, whose gradients lie in ``.grad`` in between. After the last call
-    every ``.grad`` is None.
+    done: calls since the last update, of the ``accumulate`` calls that make one; between them the gradients
+    wait in ``.grad``. After the update every ``.grad`` is None.
     """
     parameters = recipe.parameters
     with torch.no_grad():
-        if first:
+        if done == 0:
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad = None
-        # SGD uses each gradient as soon as it is made, which takes less memory and finds it in the cache.
+        # SGD uses each gradient as soon as it is there, which takes less memory and finds it in the cache.
         at_once = recipe.update == "sgd" and accumulate == 1 and clip_grad_norm is None
-        weights: list[torch.Tensor] = list(recipe.weights)
-        if compute_dtype is not None:
-            weights = [weight.to(compute_dtype) for weight in weights]
         use_onednn = by_onednn(x, compute_dtype)
         x = x.flatten(1) if recipe.flatten else x
         x = x if compute_dtype is None else x.to(compute_dtype)
-        tensors = _forward(recipe, weights, x, use_onednn)
+        layers = _layers_of(recipe, compute_dtype)
+        tensors = _forward(layers, x, use_onednn)
         loss, tensors[-1] = _loss(recipe, tensors[-1], y, 1 / accumulate)
-        grads = _backward(recipe, weights, tensors, at_once, use_onednn)
+        grads = _backward(layers, tensors, at_once, use_onednn)
         if at_once:
             return loss
         if accumulate > 1 or clip_grad_norm is not None:
@@ -102,7 +120,7 @@ def run(
                     parameter.grad = grad
                 else:
                     parameter.grad.add_(grad)
-            if not last:
+            if done + 1 < accumulate:
                 return loss
             if clip_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
@@ -113,20 +131,27 @@ def run(
     return loss
 
 
-def _forward(
-    recipe: Recipe, weights: list[torch.Tensor], x: torch.Tensor, use_onednn: bool
-) -> list[torch.Tensor]:
-    """What goes into each layer, and what comes out of the last."""
+def _layers_of(recipe: Recipe, compute_dtype: torch.dtype | None) -> list[_Layer]:
+    options = zip(recipe.groups, recipe.states, strict=True)  # of each parameter: weight, bias, weight, ...
+    layers: list[_Layer] = []
+    for weight, bias in zip(recipe.weights, recipe.biases, strict=True):
+        multiplied = weight if compute_dtype is None else weight.to(compute_dtype)
+        layers.append((weight, bias, multiplied, next(options), None if bias is None else next(options)))
+    return layers
+
+
+def _forward(layers: list[_Layer], x: Tensor, use_onednn: bool) -> list[Tensor]:
+    """The input of each layer, and the output of the last."""
     tensors = [x]
-    for weight, bias in zip(weights, recipe.biases, strict=True):
+    for _, bias, weight, _, _ in layers:
         if len(tensors) > 1:
             tensors[-1].relu_()
         tensors.append(_linear(tensors[-1], weight, bias, use_onednn))
     return tensors
 
 
-def _loss(recipe: Recipe, output: torch.Tensor, y: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
-    """The loss, and its gradient with regard to the output, times scale."""
+def _loss(recipe: Recipe, output: Tensor, y: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """The loss, and its gradient with respect to the output, times scale."""
     if output.dtype is not recipe.weights[0].dtype:
         output = output.to(recipe.weights[0].dtype)
     scaled = output.new_full((), scale)
@@ -138,57 +163,48 @@ def _loss(recipe: Recipe, output: torch.Tensor, y: torch.Tensor, scale: float) -
     return loss, _log_softmax_backward(grad, log_softmax, 1, log_softmax.dtype)
 
 
-def _backward(
-    recipe: Recipe,
-    weights: list[torch.Tensor],
-    tensors: list[torch.Tensor],
-    at_once: bool,
-    use_onednn: bool,
-) -> list[torch.Tensor]:
-    """The gradients of the parameters; none if at once each was subtracted from its parameter.
+def _backward(layers: list[_Layer], tensors: list[Tensor], at_once: bool, use_onednn: bool) -> list[Tensor]:
+    """The gradients of the parameters; or with ``at_once`` none, after SGD's update of each parameter.
 
-    tensors: the inputs of all layers, and the gradient of the last one's output. They are let go of on the
-    way, so that a step takes no more memory than autograd's.
+    tensors: the inputs of all layers, and the gradient of the last one's output. They and the layers are
+    popped on the way, so that a step takes no more memory than autograd's.
     """
-    grads: list[torch.Tensor] = []
-    rest = zip(reversed(recipe.groups), reversed(recipe.states), strict=True)
-    for i in range(len(weights) - 1, -1, -1):
+    grads: list[Tensor] = []
+    while layers:
+        weight, bias, multiplied, of_weight, of_bias = layers.pop()
         grad_output, x = tensors.pop(), tensors.pop()
-        weight, bias, cast = recipe.weights[i], recipe.biases[i], weights.pop()
         if bias is not None:
-            grad_bias = grad_output.sum(0, dtype=weight.dtype)  # in float32, before a cast
+            grad_bias = grad_output.sum(0, dtype=weight.dtype)  # summed in float32, before a cast
             if at_once:
-                _descend(bias, grad_bias, *next(rest))
+                _descend(bias, grad_bias, *of_bias)  # type: ignore[misc]  # there is a bias
             else:
                 grads.append(grad_bias)
         if grad_output.dtype is not x.dtype:
             grad_output = grad_output.to(x.dtype)
-        riding = None
-        if at_once:
-            group, state = next(rest)
-            riding = _riding(weight, x, group, use_onednn)
-        grad_weight = None if riding is not None else _grad_weight(grad_output, x, use_onednn)
-        if grad_weight is not None and grad_weight.dtype is not weight.dtype:
-            grad_weight = grad_weight.to(weight.dtype)
-        if i > 0:  # before the weight changes
-            tensors.append(_grad_input(grad_output, cast, use_onednn))
+        factors = _factors_of_addmm(weight, x, of_weight[0], use_onednn) if at_once else None
+        if factors is None:
+            grad_weight = _grad_weight(grad_output, x, use_onednn)
+            if grad_weight.dtype is not weight.dtype:
+                grad_weight = grad_weight.to(weight.dtype)
+        if layers:  # before the weight changes
+            tensors.append(_grad_input(grad_output, multiplied, use_onednn))
             _threshold_backward(tensors[-1], x, 0, grad_input=tensors[-1])
-        if riding is not None:
-            weight.addmm_(grad_output.t(), x, beta=riding[0], alpha=riding[1])
+        if factors is not None:
+            weight.addmm_(grad_output.t(), x, beta=factors[0], alpha=factors[1])
         elif at_once:
-            _descend(weight, grad_weight, group, state)  # type: ignore[arg-type]  # it is a tensor here
+            _descend(weight, grad_weight, *of_weight)
         else:
-            grads.append(grad_weight)  # type: ignore[arg-type]
+            grads.append(grad_weight)
     return grads[::-1]
 
 
-def _riding(
-    weight: torch.Tensor, x: torch.Tensor, group: dict[str, Any], use_onednn: bool
+def _factors_of_addmm(
+    weight: Tensor, x: Tensor, group: dict[str, Any], use_onednn: bool
 ) -> tuple[float, float] | None:
-    """beta and alpha with which the product that is the gradient updates the weight in the same pass.
+    """beta and alpha with which ``addmm_`` computes the weight's gradient and does SGD's update in one pass.
 
-    None if it cannot: with momentum the gradient goes elsewhere, oneDNN's product has no such form, and where
-    a factor is 0 BLAS does not look at the NaNs in what it multiplies.
+    None if it cannot: with momentum the gradient goes elsewhere, oneDNN has no such form, and where a factor
+    is 0 BLAS ignores the NaNs in what it multiplies.
     """
     if (
         group["momentum"] != 0
@@ -201,10 +217,8 @@ def _riding(
     return (keep, -lr) if lr != 0 and keep != 0 else None
 
 
-def _descend(
-    parameter: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], state: dict[str, Any]
-) -> None:
-    """SGD's step, PyTorch's formula. The gradient is written to."""
+def _descend(parameter: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    """SGD's update. It writes to the gradient."""
     lr, momentum, decay = float(group["lr"]), float(group["momentum"]), float(group["weight_decay"])
     if decay != 0:
         grad.add_(parameter, alpha=decay)
@@ -214,8 +228,8 @@ def _descend(
     parameter.add_(grad, alpha=-lr)
 
 
-def _update(recipe: Recipe, grads: list[torch.Tensor]) -> None:
-    """By all gradients; of Adam by PyTorch's own fused operator, a group of parameters at a time."""
+def _update(recipe: Recipe, grads: list[Tensor]) -> None:
+    """The optimizer's step; Adam's by PyTorch's fused operator, for one group of parameters at a time."""
     if recipe.update == "sgd":
         for each in zip(recipe.parameters, grads, recipe.groups, recipe.states, strict=True):
             _descend(*each)
@@ -227,8 +241,8 @@ def _update(recipe: Recipe, grads: list[torch.Tensor]) -> None:
         group = recipe.groups[indices[0]]
         states = [recipe.states[i] for i in indices]
         beta1, beta2 = group["betas"]
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
+        counts = [recipe.counts[i] for i in indices]
+        torch._foreach_add_(counts, 1)
         fused = torch._fused_adamw_ if recipe.update == "adamw" else torch._fused_adam_
         fused(  # as torch.optim.Adam calls it, on tensors that are known to be of one dtype on the CPU
             [recipe.parameters[i] for i in indices],
@@ -236,7 +250,7 @@ def _update(recipe: Recipe, grads: list[torch.Tensor]) -> None:
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            steps,
+            counts,
             amsgrad=False,
             beta1=float(beta1),
             beta2=float(beta2),
@@ -248,9 +262,7 @@ def _update(recipe: Recipe, grads: list[torch.Tensor]) -> None:
     torch.autograd.graph.increment_version(recipe.written)  # which fused operators leave out
 
 
-def _linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, use_onednn: bool
-) -> torch.Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, use_onednn: bool) -> Tensor:
     if bias is not None and bias.dtype is not x.dtype:  # to() takes time where it does nothing
         bias = bias.to(x.dtype)
     if use_onednn and onednn.pays(x.shape[0] * weight.numel(), weight.shape[1]):
@@ -258,13 +270,13 @@ def _linear(
     return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
-def _grad_input(grad_output: torch.Tensor, weight: torch.Tensor, use_onednn: bool) -> torch.Tensor:
+def _grad_input(grad_output: Tensor, weight: Tensor, use_onednn: bool) -> Tensor:
     if use_onednn and onednn.pays(grad_output.shape[0] * weight.numel(), weight.shape[0]):
         return onednn.product(grad_output, weight.t())
     return grad_output.mm(weight)
 
 
-def _grad_weight(grad_output: torch.Tensor, x: torch.Tensor, use_onednn: bool) -> torch.Tensor:
+def _grad_weight(grad_output: Tensor, x: Tensor, use_onednn: bool) -> Tensor:
     pieces = _pieces(grad_output.shape[1] * x.shape[1], x.shape[0]) if use_onednn else 0
     if pieces == 0:
         return grad_output.t().mm(x)
@@ -276,17 +288,19 @@ def _grad_weight(grad_output: torch.Tensor, x: torch.Tensor, use_onednn: bool) -
 
 
 def _pieces(numel: int, rows: int) -> int:
-    """Into how many pieces of rows oneDNN's product for a weight gradient of so many values is cut, to keep
-    its sums as right as MKL's; 0 if it does not pay."""
+    """In how many pieces of rows oneDNN computes a weight gradient of so many elements; 0 if it does not pay.
+
+    In pieces its sums are as accurate as MKL's.
+    """
     pieces = -(-rows // onednn.MOST_TERMS)
     return pieces if onednn.pays(rows // pieces * numel, -(-rows // pieces)) else 0
 
 
-def why_too_few_for_bfloat16(x: torch.Tensor) -> str | None:
+def why_too_few_for_bfloat16(x: Tensor) -> str | None:
     """Why a step with this batch is computed in float32 although bfloat16 was asked for, or None."""
     if len(x) >= _LEAST_ROWS_IN_BFLOAT16:
         return None
-    return f"below {_LEAST_ROWS_IN_BFLOAT16} rows casting the weights takes longer than bfloat16 saves"
+    return f"Below {_LEAST_ROWS_IN_BFLOAT16} rows casting the weights takes longer than bfloat16 saves."
 
 
 def why_not_bfloat16() -> str | None:
@@ -295,4 +309,4 @@ def why_not_bfloat16() -> str | None:
         probe = getattr(torch.cpu, name, None)  # private, so it may be missing
         if probe is not None and probe():
             return None
-    return "this CPU has neither AMX nor AVX512-BF16, as far as PyTorch can tell"
+    return "This CPU has neither AMX nor AVX512-BF16, as far as PyTorch can tell."

@@ -1,10 +1,15 @@
-"""The ordinary step in CUDA graphs: one for each shape of a batch, captured after a few steps as they are.
+"""The ordinary step in CUDA graphs: zero_grad, forward, loss, backward, clip and update in one replay.
 
-The steps before a capture are the user's own, on a side stream, so nothing has to be saved and put back; a
-capture itself runs no kernel. The last of those steps, the rehearsal, computes exactly what is captured next,
-in the same memory: what a library chooses, compiles or allocates in its first call has been done by then.
-Forward and backward are captured, and the optimizer's step too where it is made for that (``fused=True`` or
-``capturable=True``); else that runs after each replay, as itself.
+There is one graph for each shape of a batch, captured after a few steps without one:
+
+    steps 1, 2   as in PyTorch's loop, but on a side stream
+    step 3       rehearses the capture: the same work in the graph's own memory, so that libraries have
+                 chosen, compiled and allocated what they do at their first call
+    step 4       captures the step, which runs no kernel, and replays the graph
+    from 5 on    copies the batch and changed learning rates into the graph's memory and replays it
+
+These steps train, so no state has to be saved and restored. The optimizer's step is captured if it was made
+with ``fused=True`` or ``capturable=True``; else it runs after each replay.
 """
 
 import contextlib
@@ -12,7 +17,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
+from torch.optim import Optimizer
 
 from fusedmlp.dispatch import backend_choice
 from fusedmlp.torch_tools import cuda_graph
@@ -23,74 +30,68 @@ from fusedmlp.train.recipe import NODE_IS_HELD, has_node, why_update_unknown
 _WARM_UP = 3  # steps of a shape before it is captured, of which the last is the rehearsal
 _MOST = 16  # graphs, each with memory of its own
 
-ForwardBackward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # a batch to its loss, .grad filled
-Update = Callable[[], None]  # by what is in .grad
+ForwardBackward = Callable[[Tensor, Tensor], Tensor]  # computes a batch's loss and .grad
+Update = Callable[[], None]  # clips the gradients in .grad and steps the optimizer
 
 
-def why_not(
-    model: torch.nn.Module, loss_fn: Any, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor
-) -> str | None:
-    """None if a step with this batch can be replayed without anybody missing anything, else the reason."""
-    if type(x) is not torch.Tensor or type(y) is not torch.Tensor or y.device != x.device:
-        return "x and y are not plain tensors on one device"
+def why_not(model: torch.nn.Module, loss_fn: Any, optimizer: Optimizer, x: Tensor, y: Tensor) -> str | None:
+    """None if a replay of a step with this batch does all that the step does, else the reason."""
+    if type(x) is not Tensor or type(y) is not Tensor or y.device != x.device:
+        return "The batch x, y is not plain tensors on one device."
     if x.requires_grad or y.requires_grad:
-        return "x or y requires grad"
+        return "Either x or y requires grad."
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return "a graph is being captured"
+        return "Another CUDA graph is being captured."
     if (reason := cuda_graph.why_not_capture() or why_step_patched()) is not None:
         return reason
     if _has_any_global_hook():
-        return "a global hook of modules is registered"
+        return "A global hook of modules is registered."
     for module in _modules(model, loss_fn):
-        if (wrapper := _parallel_wrapper(module)) is not None:
-            return f"the model is parallel by {wrapper}, whose communication no replay would repeat"
-        own = module.__dict__
-        if (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-        ):
-            return f"a {type(module).__name__} has a hook"
+        for kind in type(module).__mro__:
+            if kind.__name__ in _PARALLEL and kind.__module__.startswith("torch."):
+                return (
+                    f"The model is parallel by {kind.__name__}; a replay would not repeat its communication."
+                )
+        if any(vars(module)[name] for name in _HOOKS):
+            return f"A {type(module).__name__} has a hook."
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for parameter in model.parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            return "a parameter has a hook"
+            return "A parameter has a hook."
         if parameter.requires_grad and parameter.is_leaf and has_node(parameter):
             return NODE_IS_HELD
         if parameter.requires_grad and id(parameter) not in updated:
-            return "a parameter of the model is not in the optimizer"
+            return "A parameter of the model is not in the optimizer."
         if parameter.device != x.device:
-            return "a parameter is on another device than x"
+            return "A parameter is on another device than x."
     return None
 
 
-def takes_update(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer's step can be captured, its learning rates being tensors."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# By name: to import some of them takes a second.
+_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+
+def takes_update(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's step can be captured, with its learning rates as tensors."""
     return why_update_unknown(optimizer) is None and all(
         group.get("fused") or group.get("capturable") for group in optimizer.param_groups
     )
 
 
-def written_by(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Parameters with a gradient, and their state: what the optimizer's step writes to."""
-    found: list[torch.Tensor] = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                state = optimizer.state.get(parameter, {}).values()
-                found += [
-                    t for t in (parameter, *state) if isinstance(t, torch.Tensor) and not t.is_inference()
-                ]
-    return found
+def written_by(optimizer: Optimizer) -> list[Tensor]:
+    """What the optimizer's step writes to: parameters with a gradient, and their state."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    tensors = (t for p in parameters for t in (p, *optimizer.state.get(p, {}).values()))
+    return [t for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
 
 
 def fingerprint(
-    model: torch.nn.Module, loss_fn: Any, optimizer: torch.optim.Optimizer, with_update: bool
+    model: torch.nn.Module, loss_fn: Any, optimizer: Optimizer, with_update: bool
 ) -> tuple[Any, ...]:
-    """All that a graph has in it besides the values in memory: where it is another, the graph is wrong.
+    """All that is baked into a graph: with another fingerprint, the graph is wrong.
 
-    Learning rates that are numbers are not in it; :func:`renew` brings those to the graph.
+    Learning rates that are numbers are not in it; :func:`renew` writes those into the graph's memory.
     """
     parts: list[Any] = [_settings(), loss_fn if not isinstance(loss_fn, torch.nn.Module) else None]
     for module in _modules(model, loss_fn):
@@ -113,23 +114,19 @@ def fingerprint(
 class Graph:
     """A step to be captured: rehearsed once, then captured, then replayed for batches of the same shapes."""
 
-    def __init__(self, steps: "Graphs", x: torch.Tensor, y: torch.Tensor) -> None:
+    def __init__(self, steps: "Graphs", x: Tensor, y: Tensor) -> None:
         self.model, self.loss_fn, self.optimizer = steps.model, steps.loss_fn, steps.optimizer
         self.with_update = takes_update(self.optimizer)
         self.fingerprint = fingerprint(self.model, self.loss_fn, self.optimizer, self.with_update)
-        # What the fingerprint names by its id has to stay.
+        # Objects that the fingerprint names by their id must stay alive.
         self.kept = [vars(module).copy() for module in _modules(self.model, self.loss_fn)]
         self.x, self.y = torch.empty_like(x), torch.empty_like(y)
-        groups = self.optimizer.param_groups
-        numbers = [group["lr"] for group in groups if not isinstance(group["lr"], torch.Tensor)]
-        self.values: list[float] = numbers if self.with_update else []
+        self.values = _numeric_rates(self.optimizer) if self.with_update else []
         self.rates = [torch.full((), lr, dtype=torch.float32, device=x.device) for lr in self.values]
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def rehearse(
-        self, x: torch.Tensor, y: torch.Tensor, forward_backward: ForwardBackward, update: Update
-    ) -> torch.Tensor:
-        """A step on this batch as it will be captured, but run: its loss."""
+    def rehearse(self, x: Tensor, y: Tensor, forward_backward: ForwardBackward, update: Update) -> Tensor:
+        """Do a step on this batch, by the work that is captured next, and return the loss."""
         self.x.copy_(x)
         self.y.copy_(y)
         self.optimizer.zero_grad()
@@ -140,31 +137,31 @@ class Graph:
 
     def capture(self, stream: "torch.cuda.Stream", forward_backward: ForwardBackward, update: Update) -> None:
         """Raises CaptureFailed with the reason; then no parameter has a gradient, all else is as it was."""
-        self.optimizer.zero_grad(set_to_none=True)  # so that the gradients come to lie in the graph's memory
+        self.optimizer.zero_grad(set_to_none=True)  # so that gradients are allocated in the graph's memory
         known = [(tensor, tensor._version) for tensor in self._tensors()]
         try:
             self.graph, self.loss = cuda_graph.capture(
                 lambda: self._step(forward_backward, update, capturable=True), self.x.device, stream
             )
         except BaseException:
-            self.optimizer.zero_grad(set_to_none=True)  # those that backward has reached lie in no memory now
+            self.optimizer.zero_grad(set_to_none=True)  # the memory of those that backward has made is gone
             raise
         self.grads = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
-        # What a replay writes to. A fused optimizer does not count what it writes, in a capture either.
+        # What a replay writes to. A fused optimizer does not count its writes, in a capture either.
         self.written = [tensor for tensor, version in known if tensor._version != version]
         self.written += [grad for _, grad in self.grads if not grad.is_inference()]
         if self.with_update:
             self.written += written_by(self.optimizer)
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
-        """Those of model and loss that have a version."""
+    def _tensors(self) -> Iterator[Tensor]:
+        """The tensors of model and loss that have a version."""
         for module in _modules(self.model, self.loss_fn):
             for it in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-                if isinstance(it, torch.Tensor) and not it.is_inference():
+                if isinstance(it, Tensor) and not it.is_inference():
                     yield it
 
-    def _step(self, forward_backward: ForwardBackward, update: Update, capturable: bool) -> torch.Tensor:
-        """What is captured, on the batch in the graph's memory."""
+    def _step(self, forward_backward: ForwardBackward, update: Update, capturable: bool) -> Tensor:
+        """The work to be captured, on the batch in the graph's memory."""
         loss = forward_backward(self.x, self.y)
         if self.with_update:
             with _by_tensors(self.optimizer.param_groups, self.rates, capturable):
@@ -176,14 +173,14 @@ class Graph:
             self.model, self.loss_fn, self.optimizer, self.with_update
         )
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor, update: Update) -> torch.Tensor:
+    def __call__(self, x: Tensor, y: Tensor, update: Update) -> Tensor:
         assert self.graph is not None
         renew(self.rates, self.values, self.optimizer)
         self.x.copy_(x)
         self.y.copy_(y)
         self.graph.replay()
         torch.autograd.graph.increment_version(self.written)
-        for parameter, grad in self.grads:  # somebody may have set others, or None
+        for parameter, grad in self.grads:  # the caller may have set others, or None
             parameter.grad = grad
         if not self.with_update:
             update()
@@ -193,8 +190,8 @@ class Graph:
 
 
 @contextlib.contextmanager
-def _by_tensors(groups: list[dict[str, Any]], rates: list[torch.Tensor], capturable: bool) -> Iterator[None]:
-    """Learning rates that are numbers are these tensors; and if asked, Adam says that it may be captured.
+def _by_tensors(groups: list[dict[str, Any]], rates: list[Tensor], capturable: bool) -> Iterator[None]:
+    """Inside, numeric learning rates are these tensors, and if asked, Adam says that it may be captured.
 
     Its fused form may be, but only ``capturable=True`` is believed.
     """
@@ -202,7 +199,7 @@ def _by_tensors(groups: list[dict[str, Any]], rates: list[torch.Tensor], captura
     tensors = iter(rates)
     try:
         for group in groups:
-            if not isinstance(group["lr"], torch.Tensor):
+            if not isinstance(group["lr"], Tensor):
                 group["lr"] = next(tensors)
             if capturable and "capturable" in group:
                 group["capturable"] = True
@@ -212,15 +209,17 @@ def _by_tensors(groups: list[dict[str, Any]], rates: list[torch.Tensor], captura
             group.update({name: was[name] for name in ("lr", "capturable") if name in was})
 
 
-def renew(rates: list[torch.Tensor], values: list[float], optimizer: torch.optim.Optimizer) -> None:
-    """Write the groups' learning rates, where they are numbers, into the tensors that a graph reads.
+def _numeric_rates(optimizer: Optimizer) -> list[float]:
+    """The groups' learning rates, without those that are tensors."""
+    return [group["lr"] for group in optimizer.param_groups if not isinstance(group["lr"], Tensor)]
 
-    values: what was written last, which is changed with it.
+
+def renew(rates: list[Tensor], values: list[float], optimizer: Optimizer) -> None:
+    """Write numeric learning rates that have changed into ``rates``, the tensors that a graph reads.
+
+    values: what was written last; updated here.
     """
-    if not rates:
-        return
-    numbers = [group["lr"] for group in optimizer.param_groups if not isinstance(group["lr"], torch.Tensor)]
-    for i, number in enumerate(numbers):
+    for i, number in enumerate(_numeric_rates(optimizer) if rates else []):
         if number != values[i]:
             rates[i].fill_(number)
             values[i] = number
@@ -229,17 +228,18 @@ def renew(rates: list[torch.Tensor], values: list[float], optimizer: torch.optim
 class Graphs:
     """The graphs of one model, loss and optimizer."""
 
-    def __init__(self, model: torch.nn.Module, loss_fn: Any, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: torch.nn.Module, loss_fn: Any, optimizer: Optimizer) -> None:
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.failure: str | None = None
         self.graphs: dict[Any, Graph] = {}
         self.seen: dict[Any, int] = {}
         self.stream: torch.cuda.Stream | None = None
 
-    def __call__(
-        self, x: torch.Tensor, y: torch.Tensor, forward_backward: ForwardBackward, update: Update
-    ) -> torch.Tensor:
-        """A step. What it consists of is given each time: kept, it would lead from its owner back to that."""
+    def __call__(self, x: Tensor, y: Tensor, forward_backward: ForwardBackward, update: Update) -> Tensor:
+        """Do a step on this batch and return its loss.
+
+        The two callables are methods of the owner, given at each call: kept here, they would be a cycle.
+        """
         key = x.shape, x.dtype, x.device, y.shape, y.dtype
         graph = self.graphs.get(key)
         if graph is not None and not graph.is_current():
@@ -248,22 +248,24 @@ class Graphs:
         if graph is None:
             self.seen[key] = self.seen.get(key, 0) + 1
             if self.seen[key] < _WARM_UP or len(self.graphs) >= _MOST:
-                return self._aside(self._as_it_is, x, y, forward_backward, update)
+                return self._on_side_stream(self._without_graph, x, y, forward_backward, update)
             graph = Graph(self, x, y)
-            loss = self._aside(graph.rehearse, x, y, forward_backward, update)
+            loss = self._on_side_stream(graph.rehearse, x, y, forward_backward, update)
             self.graphs[key] = graph
             if not graph.is_current():
-                self._give_up("forward or backward changes attributes of the model, which no replay would do")
+                self._give_up(
+                    "Forward or backward changes attributes of the model, which a replay would not do."
+                )
             return loss
         if graph.graph is None:
             try:
                 graph.capture(self._stream(x.device), forward_backward, update)
             except cuda_graph.CaptureFailed as failure:
-                self._give_up(f"capturing it raised {failure}")
+                self._give_up(f"Capturing it raised {failure}.")
         if self.failure is not None:
-            # Outside of the except block, and without the graph, whose memory is free for this.
+            # Outside of the except block, and without the graph, so that its memory is free.
             del graph
-            return self._aside(self._as_it_is, x, y, forward_backward, update)
+            return self._on_side_stream(self._without_graph, x, y, forward_backward, update)
         with torch.cuda.device(x.device):
             return graph(x, y, update)
 
@@ -271,28 +273,23 @@ class Graphs:
         """From now on the step runs without a graph."""
         self.failure = reason
         self.graphs.clear()
-        warn(f"the step runs eagerly: {reason}")
+        warn(f"The training step runs without a CUDA graph from now on. {reason}")
 
-    def _as_it_is(
-        self, x: torch.Tensor, y: torch.Tensor, forward_backward: ForwardBackward, update: Update
-    ) -> torch.Tensor:
+    def _without_graph(
+        self, x: Tensor, y: Tensor, forward_backward: ForwardBackward, update: Update
+    ) -> Tensor:
         self.optimizer.zero_grad()
         loss = forward_backward(x, y)
         update()
         return loss
 
-    def _aside(
-        self,
-        step: Callable[[torch.Tensor, torch.Tensor, ForwardBackward, Update], torch.Tensor],
-        x: torch.Tensor,
-        y: torch.Tensor,
-        forward_backward: ForwardBackward,
-        update: Update,
-    ) -> torch.Tensor:
-        """On the stream of the captures, as nodes of autograd remember the stream."""
+    def _on_side_stream(
+        self, step: Callable[..., Tensor], x: Tensor, y: Tensor, *parts: Callable[..., Any]
+    ) -> Tensor:
+        """A step on the stream of the captures, because nodes of autograd remember their stream."""
         with torch.cuda.device(x.device):
             with cuda_graph.beside(self._stream(x.device), x, y):
-                loss = step(x, y, forward_backward, update)
+                loss = step(x, y, *parts)
             loss.record_stream(torch.cuda.current_stream())
         return loss
 
@@ -302,18 +299,6 @@ class Graphs:
         return self.stream
 
 
-def _parallel_wrapper(module: torch.nn.Module) -> str | None:
-    """What makes the module work together with others, as DistributedDataParallel does; None if nothing."""
-    for kind in type(module).__mro__:
-        if kind.__name__ in _PARALLEL and kind.__module__.startswith("torch."):
-            return kind.__name__
-    return None
-
-
-# By name: to import some of them takes a second, and what was never imported wraps nothing.
-_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
-
-
 def _modules(model: torch.nn.Module, loss_fn: Any) -> Iterator[torch.nn.Module]:
     yield from model.modules()
     if isinstance(loss_fn, torch.nn.Module):
@@ -321,18 +306,18 @@ def _modules(model: torch.nn.Module, loss_fn: Any) -> Iterator[torch.nn.Module]:
 
 
 def _value(it: Any) -> Any:
-    """By its value where that cannot change in place, of a tensor its place, else who it is."""
+    """``it`` if it cannot change in place; of a tensor the memory that it has; of anything else its id."""
     if it is None or isinstance(it, (bool, int, float, str, torch.dtype, torch.device)):
         return it
     if isinstance(it, (tuple, list)):
         return tuple(map(_value, it))
-    if isinstance(it, torch.Tensor):
+    if isinstance(it, Tensor):
         return id(it), it.data_ptr(), it.shape, it.stride(), it.dtype, it.requires_grad
     return id(it)
 
 
 def _settings() -> tuple[Any, ...]:
-    """Of PyTorch and of this package: what decides which kernels run."""
+    """The settings of PyTorch and of this package that decide which kernels run."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
         backend_choice.chosen.backend,

@@ -1,114 +1,65 @@
-"""What a model, a loss and an optimizer are together, if they are well known: or the reason why not.
+"""Recipe: what the fast steps need to know about model, loss and optimizer.
 
-Asked anew at every step, as anything may have changed since: nothing here is cached, and no tensor's version
-is trusted. The order of the questions is by what they cost.
+There is one for a chain Linear, ReLU, Linear, ..., Linear, trained on the cross-entropy or the mean squared
+error by SGD, Adam or AdamW; for anything else there is a sentence that says why not. It is made anew at every
+step and nothing is cached, because anything may have changed since the last step: learning rates, hooks,
+parameters, PyTorch's own functions. Cheap questions come first.
 """
 
 import operator
-from bisect import bisect_right
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, is_anomaly_enabled, is_autocast_enabled, is_grad_enabled
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn import CrossEntropyLoss, Flatten, Identity, Module, MSELoss, Parameter, ReLU
+from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.modules.module import _has_any_global_hook
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as _optimizer
 
 from fusedmlp import nn
 from fusedmlp.dispatch import backend_choice
 from fusedmlp.torch_tools.patched import why_step_patched
+from fusedmlp.train.shared_memory import Spans, memory_of
 
-# Every step asks these questions anew. A name of this module is found faster than an attribute of torch.
-_Parameter, _Tensor, _Module, _SGD = torch.nn.Parameter, torch.Tensor, torch.nn.Module, torch.optim.SGD
-_ReLU, _Flatten, _Identity = torch.nn.ReLU, torch.nn.Flatten, torch.nn.Identity
-_is_grad_enabled, _is_autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
-_is_anomaly_enabled = torch.is_anomaly_enabled
-_are_transforms_active = torch._C._are_functorch_transforms_active
-_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-# map calls these for every tensor of a step, which is faster than a loop.
-_data_ptr, _nbytes = torch.Tensor.data_ptr, operator.attrgetter("nbytes")
-_is_contiguous, _is_inference = torch.Tensor.is_contiguous, torch.Tensor.is_inference
-_shape_of = operator.attrgetter("shape")
-_dtype_of, _is_on_cpu = operator.attrgetter("dtype"), operator.attrgetter("is_cpu")
+# map calls these for every parameter at every step, which is faster than a loop.
+_is_contiguous, _is_inference = Tensor.is_contiguous, Tensor.is_inference
+_shape_of, _dtype_of, _is_on_cpu = map(operator.attrgetter, ("shape", "dtype", "is_cpu"))
 _look_at = operator.attrgetter(
     "__class__", "requires_grad", "dtype", "is_cpu", "_backward_hooks", "_post_accumulate_grad_hooks"
 )
-_use_count = torch.Tensor._use_count  # type: ignore[attr-defined, unused-ignore]
+_use_count = Tensor._use_count  # type: ignore[attr-defined, unused-ignore]
 
-Loss = Literal["cross_entropy", "mse"]
-Update = Literal["sgd", "adam", "adamw"]
-
-SHARES_MEMORY = "x or y lies in the memory of a parameter or of the optimizer's state"
-NO_STATE = "the optimizer has no state yet, which PyTorch's own step makes the first time"
+SHARES_MEMORY = "Either x or y shares memory with a parameter or the optimizer's state."
+NO_STATE = "The optimizer has no state yet; the first step runs as in PyTorch's loop."
+NODE_IS_HELD = "Somebody holds the AccumulateGrad node of a parameter, or a graph with it; it may have hooks."
 
 
 class Recipe(NamedTuple):
-    """An MLP Linear, ReLU, Linear, ..., Linear with its loss and its optimizer, as they are now.
+    """An MLP Linear, ReLU, Linear, ..., Linear with its loss and its optimizer, as they are at this step."""
 
-    flatten: whether x goes through ``nn.Flatten`` first. weights, biases: the parameters themselves, layer by
-    layer, all on one device and of one dtype. update: of SGD, Adam or AdamW. parameters: those that there
-    are, as weight, bias, weight, ...; groups and states: for each of them its group of hyper-parameters and
-    the optimizer's own state, complete: ``momentum_buffer`` where momentum is not 0, or ``step``,
-    ``exp_avg`` and ``exp_avg_sq``. written: all tensors that the optimizer's step writes to, parameters and
-    state; memory: where they lie, no two of them on one another.
-    """
-
-    flatten: bool
-    weights: list[torch.nn.Parameter]
-    biases: list[torch.nn.Parameter | None]
-    loss: Loss
-    update: Update
-    parameters: list[torch.nn.Parameter]
-    groups: list[dict[str, Any]]
+    flatten: bool  # whether nn.Flatten comes first
+    weights: list[Parameter]  # the model's own parameters, all of one dtype and device
+    biases: list[Parameter | None]
+    loss: str  # "cross_entropy" or "mse"
+    update: str  # "sgd", "adam" or "adamw"
+    parameters: list[Parameter]  # weight, bias, weight, ..., without the biases that are None
+    groups: list[dict[str, Any]]  # of each parameter: its group in optimizer.param_groups
+    # Of each parameter: its entry in optimizer.state, with momentum_buffer (where momentum is not 0), or with
+    # step, exp_avg and exp_avg_sq.
     states: list[dict[str, Any]]
-    written: list[torch.Tensor]
-    memory: "Spans"
+    counts: list[Tensor]  # the optimizer's counts of steps: Adam's state["step"], none for SGD
+    written: list[Tensor]  # all that the optimizer's step writes to: parameters, moments, counts
+    memory: Spans  # of the tensors in written, of which no two share memory
 
 
-_LAST = 2**64  # no address is so large
-
-
-class Spans(NamedTuple):
-    """Pieces of memory that do not overlap: where each begins, in order, and its size in bytes."""
-
-    pieces: list[tuple[int, int]]
-
-    def touch(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor, which is strided, lies in one of them, were it with a gap between its rows."""
-        if tensor.is_contiguous():
-            size = tensor.nbytes
-        else:
-            steps = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            size = (sum(steps) + 1) * tensor.itemsize if tensor.numel() > 0 else 0
-        start = tensor.data_ptr()
-        after = bisect_right(self.pieces, (start, _LAST))  # the first piece that begins behind it
-        return size > 0 and (
-            (after > 0 and sum(self.pieces[after - 1]) > start)
-            or (after < len(self.pieces) and self.pieces[after][0] < start + size)
-        )
-
-
-def memory_of(tensors: list[torch.Tensor]) -> Spans | None:
-    """Where these contiguous tensors lie, or None if two of them share memory.
-
-    A step that works on one after the other, or on all at once, would find there what it wrote for another.
-    """
-    # The address of a tensor without values is 0, wherever it was cut from.
-    pieces = sorted(zip(map(_data_ptr, tensors), map(_nbytes, tensors), strict=True))
-    end = 0
-    for start, size in pieces:
-        if start < end:
-            return None
-        end = start + size
-    return Spans(pieces)
-
-
-def recipe_of(
-    model: torch.nn.Module, loss_fn: Callable[..., torch.Tensor], optimizer: torch.optim.Optimizer
-) -> Recipe | str:
-    """The recipe, or in a sentence what is not known."""
+def recipe_of(model: Module, loss_fn: Callable[..., Tensor], optimizer: Optimizer) -> Recipe | str:
+    """The recipe, or a sentence that says why there is none."""
     if (reason := why_step_patched()) is not None:
         return reason
     loss = _loss_of(loss_fn)
@@ -119,39 +70,11 @@ def recipe_of(
     for group in optimizer.param_groups:
         for name in _REFUSED:
             if group.get(name, False):
-                return f"the optimizer has {name}=True"
-    if _has_any_global_hook() or _Module.__call__ is not nn._MODULE_CALL:
-        return "a global hook of modules is registered, or Module.__call__ was replaced"
-    if type(model) not in _CONTAINERS and type(model) not in nn._LINEARS:
-        return f"the model is a {type(model).__name__}; a Sequential of Linear and ReLU is known"
-    flatten, relu = False, True  # whether a Linear may follow, as after a ReLU
-    weights: list[torch.nn.Parameter] = []
-    biases: list[torch.nn.Parameter | None] = []
-    members: list[torch.nn.Module] = []
-    if (reason := _members(model, members)) is not None:
-        return reason
-    for module in members:
-        kind = type(module)
-        if kind in nn._LINEARS:
-            if not relu:
-                return "two Linear layers follow each other without a ReLU"
-            if not nn._own_parameters(module):
-                return "weight or bias of a Linear is not its registered parameter, as under weight_norm"
-            weights.append(module._parameters["weight"])  # type: ignore[arg-type]  # a Linear's is not None
-            biases.append(module._parameters["bias"])
-            relu = kind is nn.LinearReLU
-        elif kind is _ReLU:
-            if relu:
-                return "a ReLU does not follow a Linear"
-            relu = True
-        elif kind is _Flatten:
-            if weights or flatten or module.start_dim != 1 or module.end_dim != -1:
-                return "a Flatten is not the first of the layers, or keeps some dimensions"
-            flatten = True
-        elif kind is not _Identity:
-            return f"there is a {kind.__name__} among the layers; Linear and ReLU are known"
-    if relu:
-        return "the last layer is not a Linear without a ReLU"
+                return f"The optimizer has {name}=True."
+    layers = _layers_of(model)
+    if isinstance(layers, str):
+        return layers
+    flatten, weights, biases = layers
     parameters = [p for pair in zip(weights, biases, strict=True) for p in pair if p is not None]
     if (reason := _why_parameters_unknown(weights, biases, parameters)) is not None:
         return reason
@@ -159,69 +82,70 @@ def recipe_of(
     if isinstance(groups, str):
         return groups
     decoupled = groups[0].get("decoupled_weight_decay", False)
-    update: Update = "sgd" if type(optimizer) is _SGD else "adamw" if decoupled else "adam"
+    update = "sgd" if type(optimizer) is SGD else "adamw" if decoupled else "adam"
     found = _states_of(parameters, groups, optimizer, update)
     if isinstance(found, str):
         return found
-    states, written = found[0], [*parameters, *found[1]]
+    states, moments, counts = found
+    written = [*parameters, *moments, *counts]
     memory = memory_of(written)
-    rates = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], _Tensor)]
+    rates = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], Tensor)]
     if memory is None or any(map(memory.touch, rates)):
-        return "two parameters, or a parameter and the optimizer's state or learning rate, share memory"
-    known: Loss = loss  # type: ignore[assignment]  # it is one of the two, as asked above
-    return Recipe(flatten, weights, biases, known, update, parameters, groups, states, written, memory)
+        return "Two parameters, or a parameter and the optimizer's state or learning rate, share memory."
+    return Recipe(flatten, weights, biases, loss, update, parameters, groups, states, counts, written, memory)
 
 
 def why_watched(device_type: str, forced: bool = False) -> str | None:
     """Why a step on this kind of device has to run PyTorch's functions one by one under autograd, or None.
 
-    forced: it runs on the kernels, as under ``backend("triton")``.
+    forced: the step runs on the kernels, as under ``backend("triton")``.
     """
-    if not _is_grad_enabled():
-        return "grad mode is off, under which a backward raises"
-    if _is_autocast_enabled(device_type):
-        return "autocast is on"
+    if not is_grad_enabled():
+        return "Grad mode is off, and a backward would raise."
+    if is_autocast_enabled(device_type):
+        return "Autocast is on."
     if not backend_choice.quiet() and not (forced and backend_choice.forced()):
-        return "explain() is recording, or backend('triton') is in force"
-    if _is_anomaly_enabled():
-        return "anomaly detection is on"
-    if _dispatch_modes() > 0 or _function_modes() > 0:
-        return "a TorchDispatchMode or TorchFunctionMode is active"
-    if _are_transforms_active() or forward_ad._current_level >= 0:
-        return "a torch.func transform or forward-mode differentiation is active"
-    if _top_hooks(True) is not None:
-        return "a hook on saved tensors is in force"
+        return "Either explain() is recording or backend('triton') is in force."
+    if is_anomaly_enabled():
+        return "Anomaly detection is on."
+    if _len_torch_dispatch_stack() > 0 or _len_torch_function_stack() > 0:
+        return "A TorchDispatchMode or TorchFunctionMode is active."
+    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "A torch.func transform or forward-mode differentiation is active."
+    if _top_saved_tensors_default_hooks(True) is not None:
+        return "A hook on saved tensors is active."
     if is_compiling():
-        return "torch.compile is tracing"
+        return "The step is being traced by torch.compile."
     return None
 
 
-_CONTAINERS = (torch.nn.Sequential, nn.Sequential, nn.MLP)
-_OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+def why_batch_unknown(recipe: Recipe, x: Tensor, y: Tensor) -> str | None:
+    """Why x and y are not rows for the model and targets for the loss of this recipe, or None."""
+    if x.requires_grad or y.requires_grad:
+        return "Either x or y requires grad."
+    if x.layout is not torch.strided or y.layout is not torch.strided or x.is_nested or y.is_nested:
+        return "Either x or y is sparse or nested."
+    weight, shape = recipe.weights[0], x.shape
+    if len(shape) < 2 or not (recipe.flatten or len(shape) == 2) or shape[1:].numel() != weight.shape[1]:
+        return f"The input x {tuple(shape)} is not a batch of rows of {weight.shape[1]} columns."
+    if shape[0] == 0:
+        return "The batch is empty."
+    if recipe.loss == "cross_entropy":
+        if y.dtype is not torch.int64 or y.shape != (shape[0],):
+            return f"The target y is {tuple(y.shape)} of {y.dtype}, not int64 class numbers for each row."
+    elif y.dtype is not weight.dtype or y.shape != (shape[0], recipe.weights[-1].shape[0]):
+        return f"The target y is {tuple(y.shape)} of {y.dtype}, not like the output of the model."
+    return None
 
 
-def _unhooked(step: Any) -> Any:
-    """Without the wrapper for hooks and profiles, which its first instance puts around it."""
-    return step.__wrapped__ if "hooked" in vars(step) else step
-
-
-_STEPS = {kind: _unhooked(kind.step) for kind in _OPTIMIZERS}
-_ZERO_GRAD = torch.optim.Optimizer.zero_grad
-_KNOWN_MODULES = {
-    **nn._FORWARDS,
-    **{kind: kind.forward for kind in (*_CONTAINERS, torch.nn.Flatten, torch.nn.Identity)},
-    **{kind: kind.forward for kind in (torch.nn.CrossEntropyLoss, torch.nn.MSELoss)},
-}
-_CROSS_ENTROPY, _MSE = torch.nn.functional.cross_entropy, torch.nn.functional.mse_loss
-
-
-def _loss_of(loss_fn: Callable[..., torch.Tensor]) -> str:
-    if loss_fn is _CROSS_ENTROPY:
+def _loss_of(loss_fn: Callable[..., Tensor]) -> str:
+    """The loss's name, or a sentence that says why it is none of the two."""
+    if loss_fn is cross_entropy:
         return "cross_entropy"
-    if loss_fn is _MSE:
+    if loss_fn is mse_loss:
         return "mse"
     kind = type(loss_fn)
-    if kind is torch.nn.CrossEntropyLoss:
+    if kind is CrossEntropyLoss:
         own = vars(loss_fn)
         if (
             _unobserved(loss_fn)  # type: ignore[arg-type]
@@ -232,57 +156,168 @@ def _loss_of(loss_fn: Callable[..., torch.Tensor]) -> str:
             and "weight" not in own
         ):
             return "cross_entropy"
-        return "the CrossEntropyLoss has weights, label smoothing, a hook or another option"
-    if kind is torch.nn.MSELoss:
+        return "The CrossEntropyLoss has weights, label smoothing, a hook or another option."
+    if kind is MSELoss:
         if _unobserved(loss_fn) and vars(loss_fn)["reduction"] == "mean":  # type: ignore[arg-type]
             return "mse"
-        return "the MSELoss has another reduction than the mean, or a hook"
+        return "The MSELoss has another reduction than the mean, or a hook."
     name = getattr(loss_fn, "__name__", kind.__name__)
-    return f"the loss is {name}; cross entropy and the mean squared error are known"
+    return f"The loss is {name}, neither cross-entropy nor the mean squared error."
 
 
-def why_update_unknown(optimizer: torch.optim.Optimizer) -> str | None:
+_OPTIMIZERS = (SGD, Adam, AdamW)
+_REFUSED = ("maximize", "differentiable", "amsgrad", "capturable")
+
+
+def _unhooked(step: Any) -> Any:
+    """An optimizer's step without the wrapper for hooks that its first instance puts around it."""
+    return step.__wrapped__ if "hooked" in vars(step) else step
+
+
+_STEPS = {kind: _unhooked(kind.step) for kind in _OPTIMIZERS}
+_ZERO_GRAD = Optimizer.zero_grad
+
+
+def why_update_unknown(optimizer: Optimizer) -> str | None:
     """Why the optimizer's step may be more than the formula of SGD, Adam or AdamW, or None."""
     kind, own = type(optimizer), optimizer.__dict__
     if kind not in _OPTIMIZERS:
-        return f"the optimizer is a {kind.__name__}; SGD, Adam and AdamW are known"
+        return f"The optimizer is a {kind.__name__}, not SGD, Adam or AdamW."
     step = own.get("step")
     # A scheduler wraps it, only to know that it was called.
     if step is not None and not (
         "_wrapped_by_lr_sched" in vars(step) and _unhooked(step.__wrapped__) is _STEPS[kind]
     ):
-        return "the optimizer's step was replaced"
+        return "The optimizer's step was replaced."
     if _unhooked(kind.step) is not _STEPS[kind] or kind.zero_grad is not _ZERO_GRAD or "zero_grad" in own:
-        return "the optimizer's step or zero_grad was replaced"
+        return "The optimizer's step or zero_grad was replaced."
     if (
         own["_optimizer_step_pre_hooks"]
         or own["_optimizer_step_post_hooks"]
         or _optimizer._global_optimizer_pre_hooks
         or _optimizer._global_optimizer_post_hooks
     ):
-        return "the optimizer's step has a hook"
+        return "The optimizer's step has a hook."
     if own.get("grad_scale") is not None or own.get("found_inf") is not None:
-        return "a GradScaler works on the optimizer"
+        return "A GradScaler works on the optimizer."
     return None
 
 
-_REFUSED = ("maximize", "differentiable", "amsgrad", "capturable")
+def _groups_of(parameters: list[Parameter], optimizer: Optimizer) -> list[dict[str, Any]] | str:
+    """Of each parameter its group in the optimizer; or a sentence that says why not."""
+    if len(optimizer.param_groups) == 1:
+        (group,) = optimizer.param_groups
+        if list(map(id, group["params"])) == list(map(id, parameters)):  # in this order, as is usual
+            return [group] * len(parameters)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    if len(groups) != len(parameters):
+        return "The optimizer's parameters are not just the parameters of the model."
+    try:
+        found = [groups[id(p)] for p in parameters]
+    except KeyError:
+        return "A parameter of the model is not in the optimizer."
+    decoupled = found[0].get("decoupled_weight_decay")
+    if any(group.get("decoupled_weight_decay") != decoupled for group in found):
+        return "One group of parameters has a decoupled weight decay and another has not."
+    return found
 
 
-def _members(module: torch.nn.Module, members: list[torch.nn.Module]) -> str | None:
-    """Add all modules that are no Sequentials, in the order in which they run; the reason where not known."""
+def _states_of(
+    parameters: list[Parameter], groups: list[dict[str, Any]], optimizer: Optimizer, update: str
+) -> tuple[list[dict[str, Any]], list[Tensor], list[Tensor]] | str:
+    """Of each parameter its state, then all moments and all counts of steps; or why they are unusual."""
+    having = [i for i, group in enumerate(groups) if update != "sgd" or group["momentum"] != 0]
+    if not having:  # a step reads and writes no state
+        return [{}] * len(parameters), [], []
+    get = optimizer.state.get
+    states = [get(parameter) or {} for parameter in parameters]
+    owners = [parameters[i] for i in having]  # of each of the moments, which has to be like it
+    moments: list[Any]
+    counts: list[Any] = []
+    if update == "sgd":
+        moments = [states[i].get("momentum_buffer") for i in having]
+    else:
+        owners += owners
+        moments = [state.get(name) for name in ("exp_avg", "exp_avg_sq") for state in states]
+        counts = [state.get("step") for state in states]
+    first, tensors = parameters[0], moments + counts
+    kinds = set(map(type, tensors))
+    if type(None) in kinds:
+        return NO_STATE
+    if kinds != {Tensor}:
+        return "The optimizer's state is not made of plain tensors."
+    if any(count.dtype is not torch.float32 or count.dim() != 0 for count in counts):
+        return "The optimizer's count of steps is not a float32 tensor with one element."
+    if (
+        list(map(_shape_of, moments)) != list(map(_shape_of, owners))
+        or set(map(_dtype_of, moments)) != {first.dtype}
+        or not all(map(_is_contiguous, moments))
+        or not (
+            all(map(_is_on_cpu, tensors)) if first.is_cpu else {t.device for t in moments} == {first.device}
+        )
+    ):
+        return "The optimizer's state is not of the parameter's shape, dtype and device."
+    return states, moments, counts
+
+
+_CONTAINERS = (torch.nn.Sequential, nn.Sequential, nn.MLP)
+_KNOWN_MODULES: dict[type[Module], Callable[..., Tensor]] = {
+    **nn._FORWARDS,
+    **{kind: kind.forward for kind in (*_CONTAINERS, Flatten, Identity, CrossEntropyLoss, MSELoss)},
+}
+
+
+def _layers_of(model: Module) -> tuple[bool, list[Parameter], list[Parameter | None]] | str:
+    """Whether a Flatten comes first, the weights and the biases; or a sentence that says why not."""
+    if _has_any_global_hook() or Module.__call__ is not nn._MODULE_CALL:
+        return "A global hook of modules is registered, or Module.__call__ was replaced."
+    if type(model) not in _CONTAINERS and type(model) not in nn._LINEARS:
+        return f"The model is a {type(model).__name__}, not a Sequential of Linear and ReLU."
+    modules: list[Module] = []
+    if (reason := _collect(model, modules)) is not None:
+        return reason
+    flatten, relu = False, True  # relu: whether a Linear may follow, as after a ReLU
+    weights: list[Parameter] = []
+    biases: list[Parameter | None] = []
+    for module in modules:
+        kind = type(module)
+        if kind in nn._LINEARS:
+            if not relu:
+                return "Two Linear layers follow each other without a ReLU."
+            if not nn._own_parameters(module):
+                return "The weight or bias of a Linear is not its registered parameter, as under weight_norm."
+            weights.append(module._parameters["weight"])  # type: ignore[arg-type]  # a Linear's is not None
+            biases.append(module._parameters["bias"])
+            relu = kind is nn.LinearReLU
+        elif kind is ReLU:
+            if relu:
+                return "A ReLU does not follow a Linear."
+            relu = True
+        elif kind is Flatten:
+            if weights or flatten or module.start_dim != 1 or module.end_dim != -1:
+                return "A Flatten is not the first of the layers, or keeps some dimensions."
+            flatten = True
+        elif kind is not Identity:
+            return f"There is a {kind.__name__} among the layers, which is neither Linear nor ReLU."
+    if relu:
+        return "The last layer is not a Linear without a ReLU."
+    return flatten, weights, biases
+
+
+def _collect(module: Module, modules: list[Module]) -> str | None:
+    """Append all modules that are no Sequentials, in the order in which they run; or say why not."""
     if not _unobserved(module):
-        return f"a {type(module).__name__} is not known, or has a hook or a forward of its own"
+        return f"A {type(module).__name__} is not known, or has a hook or a forward of its own."
     if type(module) not in _CONTAINERS:
-        members.append(module)
+        modules.append(module)
         return None
     for member in module._modules.values():
-        if (reason := _members(member, members)) is not None:  # type: ignore[arg-type]  # of a Sequential
+        if (reason := _collect(member, modules)) is not None:  # type: ignore[arg-type]  # of a Sequential
             return reason
     return None
 
 
-def _unobserved(module: torch.nn.Module) -> bool:
+def _unobserved(module: Module) -> bool:
     """Whether a call of this module is its class's own forward, a known one, and nothing else."""
     own = module.__dict__
     known = _KNOWN_MODULES.get(type(module))
@@ -297,16 +332,11 @@ def _unobserved(module: torch.nn.Module) -> bool:
     )
 
 
-NODE_IS_HELD = (
-    "somebody holds the AccumulateGrad node of a parameter, or a graph with it, and it may have hooks"
-)
-
-
-def has_node(parameter: torch.Tensor) -> bool:
+def has_node(parameter: Tensor) -> bool:
     """Whether somebody holds the parameter's AccumulateGrad node, whose hooks only a backward calls.
 
-    The node holds the parameter, is made when it is first asked for, and lives no longer than somebody holds
-    it: so it is there if, once we have asked for it, nobody more than before holds the parameter.
+    The node holds the parameter. It is made when it is first asked for, and lives no longer than somebody
+    holds it. So it was there already if asking for it adds no holder of the parameter.
     """
     holders = _use_count(parameter)
     if holders == 1:
@@ -318,27 +348,25 @@ def has_node(parameter: torch.Tensor) -> bool:
 
 
 def _why_parameters_unknown(
-    weights: list[torch.nn.Parameter],
-    biases: list[torch.nn.Parameter | None],
-    parameters: list[torch.nn.Parameter],
+    weights: list[Parameter], biases: list[Parameter | None], parameters: list[Parameter]
 ) -> str | None:
-    # Of all at once, and one by one only where something is unusual.
-    usual = (_Parameter, True, weights[0].dtype, True, None, None)
+    # All at once; one by one only where something is unusual.
+    usual = (Parameter, True, weights[0].dtype, True, None, None)
     if list(map(_look_at, parameters)) != [usual] * len(parameters):
         first = weights[0]
         if first.is_meta:
-            return "the model is on meta, where tensors have no values"
+            return "The model is on meta, where tensors have no values."
         for parameter in parameters:
-            if type(parameter) is not torch.nn.Parameter:
-                return f"a parameter is a {type(parameter).__name__}"
+            if type(parameter) is not Parameter:
+                return f"A parameter is a {type(parameter).__name__}."
             if not parameter.requires_grad:
-                return "a parameter is frozen: requires_grad is False"
+                return "A parameter is frozen: requires_grad is False."
             if parameter.dtype is not first.dtype or parameter.device != first.device:
-                return "the parameters are not all of one dtype on one device"
+                return "The parameters are not all of one dtype on one device."
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                return "a parameter has a hook"
+                return "A parameter has a hook."
     if not all(map(_is_contiguous, parameters)):
-        return "a parameter is not contiguous in memory"
+        return "A parameter is not contiguous in memory."
     columns = None
     for weight, bias in zip(weights, biases, strict=True):
         shape = weight.shape
@@ -347,74 +375,13 @@ def _why_parameters_unknown(
             or (columns is not None and shape[1] != columns)
             or (bias is not None and bias.shape != (shape[0],))
         ):
-            return "the shapes of the layers do not fit"
+            return "The shapes of the layers do not fit."
         columns = shape[0]
     if len(set(map(id, parameters))) != len(parameters):
-        return "two layers share a parameter"
+        return "Two layers share a parameter."
     # Each is held by its object in Python, and almost always by nobody else.
     if sum(map(_use_count, parameters)) != len(parameters) and any(map(has_node, parameters)):
         return NODE_IS_HELD
     if any(map(_is_inference, parameters)):
-        return "a parameter was made in inference mode"
+        return "A parameter was made in inference mode."
     return None
-
-
-def _groups_of(
-    parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> list[dict[str, Any]] | str:
-    if len(optimizer.param_groups) == 1:
-        (group,) = optimizer.param_groups
-        if list(map(id, group["params"])) == list(map(id, parameters)):  # in this order, as is usual
-            return [group] * len(parameters)
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    if len(groups) != len(parameters):
-        return "the optimizer has not just the parameters of the model"
-    try:
-        found = [groups[id(p)] for p in parameters]
-    except KeyError:
-        return "a parameter of the model is not in the optimizer"
-    decoupled = found[0].get("decoupled_weight_decay")
-    if any(group.get("decoupled_weight_decay") != decoupled for group in found):
-        return "one group of parameters has a decoupled weight decay and another has not"
-    return found
-
-
-def _states_of(
-    parameters: list[torch.nn.Parameter],
-    groups: list[dict[str, Any]],
-    optimizer: torch.optim.Optimizer,
-    update: Update,
-) -> tuple[list[dict[str, Any]], list[torch.Tensor]] | str:
-    """Of each parameter, and all tensors in it together; or why not known."""
-    having = [i for i, group in enumerate(groups) if update != "sgd" or group["momentum"] != 0]
-    if not having:  # a step takes nothing from the state, so nobody looks for it
-        return [{}] * len(parameters), []
-    get = optimizer.state.get
-    states = [get(parameter) or {} for parameter in parameters]
-    owners = [parameters[i] for i in having]  # of each tensor in moments, which has to be like it
-    moments: list[Any]
-    steps: list[Any] = []
-    if update == "sgd":
-        moments = [states[i].get("momentum_buffer") for i in having]
-    else:
-        owners += owners
-        moments = [state.get(name) for name in ("exp_avg", "exp_avg_sq") for state in states]
-        steps = [state.get("step") for state in states]
-    first, tensors = parameters[0], moments + steps
-    kinds = set(map(type, tensors))
-    if type(None) in kinds:
-        return NO_STATE
-    if kinds != {_Tensor}:
-        return "the optimizer's state is not made of plain tensors"
-    if any(step.dtype is not torch.float32 or step.dim() != 0 for step in steps):
-        return "the optimizer's count of steps is not a float32 tensor"
-    if (
-        list(map(_shape_of, moments)) != list(map(_shape_of, owners))
-        or set(map(_dtype_of, moments)) != {first.dtype}
-        or not all(map(_is_contiguous, moments))
-        or not (
-            all(map(_is_on_cpu, tensors)) if first.is_cpu else {t.device for t in moments} == {first.device}
-        )
-    ):
-        return "the optimizer's state is not of the parameter's shape, dtype and device"
-    return states, tensors

@@ -3,9 +3,15 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+_HEAD = f"{'kernels us':>11}{'PyTorch us':>11}{'ratio':>7}"
+
 
 class Product(NamedTuple):
-    """One product of a layer ``weight (N, K)`` on ``rows``; tile: our fastest, None if all were wrong."""
+    """One product of a layer ``weight (N, K)`` with ``rows`` rows.
+
+    tile, us: our fastest tile and its microseconds, None if no tile is accurate; problem: what is wrong with
+    the tiles that were left out.
+    """
 
     operation: str
     rows: int
@@ -14,13 +20,14 @@ class Product(NamedTuple):
     tile: str | None
     us: float | None
     torch_us: float
-    problem: str | None  # of the tiles that were not right
+    problem: str | None
 
 
 class Stretch(NamedTuple):
-    """One stretch as a whole, ``mode`` "inference" or "training", launching included.
+    """A chain of layers as a whole, with launching; mode: "inference" or "training".
 
-    in_one: one launch for all of its layers was faster than one for each; problem: what was wrong with it.
+    in_one: one launch for all layers was faster than one launch per layer; problem: why one launch for all
+    was left out.
     """
 
     mode: str
@@ -35,10 +42,14 @@ class Stretch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What :func:`tune` measured: ``str()`` of it is a table for a terminal, ``to_dict()`` is plain data.
+    """What :func:`tune` measured. ``str()`` makes a table for a terminal, ``to_dict()`` plain data.
 
-    Times are microseconds, ``torch_us`` those of eager PyTorch; left_out: shapes for which there was no time
-    or no memory, and why; path: the file that holds all of it.
+    products, stretches: the products of single layers, and whole chains of layers, in microseconds;
+    ``torch_us`` is eager PyTorch's time. left_out: what there was no time or memory for, or what failed, and
+    why. path: the file of the table.
+
+    >>> fusedmlp.tune([(4096, 784, 256)]).products[0].tile
+    '128x128x64, 8 warps'
     """
 
     device: str
@@ -50,9 +61,9 @@ class Tuned:
 
     def to_dict(self) -> dict[str, Any]:
         """Dicts, tuples, strings and numbers, fit for ``json.dumps``."""
-        return dataclasses.asdict(self) | {
+        return vars(self) | {
             "products": [product._asdict() for product in self.products],
-            "stretches": [stretch._asdict() for stretch in self.stretches],
+            "stretches": [chain._asdict() for chain in self.stretches],
         }
 
     def __str__(self) -> str:
@@ -66,19 +77,16 @@ class Tuned:
             lines.append(f"{what:<34}{_row(p.us, p.torch_us)}  {p.tile or 'none'}")
             lines += [f"    {p.problem}"] if p.problem else []
         if self.stretches:
-            lines += ["", f"{'a stretch, with launching':<34}{_HEAD}"]
+            lines += ["", f"{'a chain, with launching':<34}{_HEAD}"]
         for s in self.stretches:
             what = f"{s.mode} {s.rows} x {'-'.join(map(str, s.widths))}{' ReLU' if s.final_relu else ''}"
             lines.append(f"{what:<34}{_row(s.us, s.torch_us)}{'  in one launch' if s.in_one else ''}")
             lines += [f"    in one launch: {s.problem}"] if s.problem else []
         if not self.products and not self.stretches:
-            lines.append("Everything asked for is in the table already; delete the file to measure anew.")
-        lines += ["", "ratio: PyTorch's time by ours. backend('auto') takes what took less time here."]
+            lines.append("All of this is in the table already; delete the file to measure it again.")
+        lines += ["", "ratio: PyTorch's time divided by ours. backend('auto') takes the faster one."]
         lines += [f"left out: {what}" for what in self.left_out]
         return "\n".join([*lines, f"saved in {self.path}"])
-
-
-_HEAD = f"{'kernels us':>11}{'PyTorch us':>11}{'ratio':>7}"
 
 
 def _row(us: float | None, torch_us: float) -> str:

@@ -1,4 +1,4 @@
-"""``tune(shapes)``: measure here what the kernels are faster for, and choose by that from now on."""
+"""``tune(shapes)`` and ``python -m fusedmlp tune``: measure on this device and choose by the results."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -22,23 +22,23 @@ def tune(
     final_relu: bool = False,
     device: torch.device | str | None = None,
 ) -> Tuned:
-    """Measure stretches of layers on this device, and let ``backend("auto")`` choose by that from now on.
+    """Measure chains of layers on this device; from now on ``backend("auto")`` chooses by the results.
 
-    shapes: ``(rows, in, hidden ..., out)`` each, with a ReLU between the layers and, if ``final_relu``, after
-    the last; dtype: bfloat16, float16 or float32 (TF32 where PyTorch's settings allow that); device: the
-    current CUDA device if not said. Rows stand for all of about that number, within a factor of 1.4.
+    shapes: a list of ``(rows, in, hidden ..., out)``, with a ReLU between the layers and, if ``final_relu``,
+    after the last. Rows are the batch size; a result holds for all batch sizes within a factor of 1.4.
+    dtype: bfloat16, float16 or float32 (TF32 where PyTorch's settings allow it). seconds: nothing new begins
+    after this time. device: the current CUDA device by default.
 
-    Every product of every layer is computed with each tile there is, checked against float64, and timed
-    beside PyTorch's operator; then each stretch as a whole, with a launch a layer and, where layers are
-    narrow, with one for all, and each of its layers alone, with what launching costs. What is in the table
-    already is not measured again, nor what has not begun after ``seconds``. The table, a JSON file in the
-    platform's cache folder, is written after each shape, so an interrupt loses the present shape only.
+    Every product of a layer is computed with every tile, checked against float64, and timed beside PyTorch;
+    then the chain as a whole, and each of its layers. ``fusedmlp/tuning/measure.py`` lists the steps. The
+    results are kept in a JSON file in the platform's cache folder, written after each shape; what it holds
+    already is not measured again.
 
-    In a distributed job call it on every rank, once the process group is there: rank 0 measures, and all
-    ranks choose by its table. Without that call they use no table of the user's, for files may differ.
+    In a distributed job call it on every rank after ``init_process_group``: rank 0 measures, and all ranks
+    use its table. Without this call they use no table of the user's, because the files may differ.
 
     Raises RuntimeError where the kernels cannot run, during CUDA graph capture or compilation, and for a
-    table of a later version; ValueError and TypeError for wrong shapes and dtypes. Then nothing has changed.
+    table written by a later version; ValueError and TypeError for wrong shapes and dtypes.
 
     >>> print(fusedmlp.tune([(4096, 784, 256, 128, 10)], torch.bfloat16))
     NVIDIA H100 80GB HBM3, bfloat16 ...
@@ -59,41 +59,43 @@ def tune(
     with backend_choice.backend("triton"):
         reason = functional.why_not_fused(probe, probe)
     if reason is not None:
-        raise RuntimeError(f"tune measures the kernels, and they cannot run: {reason}")
-    table = predicate.kernels().tuning_table
-    if not table.in_a_distributed_job():
-        return Tuning(where, dtype, final_relu).run(wanted, seconds)
-    distributed = torch.distributed
+        raise RuntimeError(f"tune cannot run here. {reason}")
+    if predicate.kernels().tuning_table.in_a_distributed_job():
+        return _on_rank_0(where, dtype, final_relu, wanted, seconds)
+    return Tuning(where, dtype, final_relu).run(wanted, seconds)
+
+
+def _on_rank_0(
+    where: torch.device, dtype: torch.dtype, final_relu: bool, wanted: list[tuple[int, ...]], seconds: float
+) -> Tuned:
+    """Measure on rank 0, and use its table on every rank."""
+    distributed, table = torch.distributed, predicate.kernels().tuning_table
     if not distributed.is_initialized():
         raise RuntimeError("in a distributed job, call tune on every rank after init_process_group")
     message: list[Any] = [None]
-    if distributed.get_rank() == 0:
-        try:
+    try:
+        if distributed.get_rank() == 0:
             tuning = Tuning(where, dtype, final_relu)
             tuned = tuning.run(wanted, seconds)
             message = [(tuning.here, tuning.path.read_text(encoding="utf-8"), tuned)]
-        except BaseException as error:
-            message = [f"{type(error).__name__}: {error}"]
-            raise
-        finally:  # the others are waiting, whatever happened
-            distributed.broadcast_object_list(message, src=0)
-    else:
+    except BaseException as error:
+        message = [f"{type(error).__name__}: {error}"]
+        raise
+    finally:  # even after an error, because the other ranks wait for this message
         distributed.broadcast_object_list(message, src=0)
-        if isinstance(message[0], str):
-            raise RuntimeError(f"tune failed on rank 0: {message[0]}")
-    (of_rank_0, text, tuned) = message[0]
-    index = where.index
+    if isinstance(message[0], str):
+        raise RuntimeError(f"tune failed on rank 0: {message[0]}")
+    rank_0, text, result = message[0]
     try:
-        agreed, _ = table.parse(text, table.where(index), exact=False)
+        agreed, _ = table.parse(text, table.where(where.index), exact=False)
     except table.Unusable as problem:
-        raise RuntimeError(f"rank 0's table is of no use here: it {problem}; {of_rank_0}") from None
-    table.agree(index, agreed)
-    result: Tuned = tuned
-    return result
+        raise RuntimeError(f"rank 0's table cannot be used here: it {problem}; rank 0: {rank_0}") from None
+    table.agree(where.index, agreed)
+    return result  # type: ignore[no-any-return]
 
 
 def _checked(shapes: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
-    wanted = []
+    wanted: dict[tuple[int, ...], None] = {}
     for shape in shapes:
         if isinstance(shape, int):
             raise TypeError("shapes is a list of shapes: [(rows, in, out)]")
@@ -102,44 +104,36 @@ def _checked(shapes: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
             raise TypeError(f"a shape is (rows, in, hidden ..., out) in whole numbers, got {sizes}")
         if len(sizes) < 3 or min(sizes) < 1:
             raise ValueError(f"a shape is (rows, in, hidden ..., out), each at least 1, got {sizes}")
-        wanted.append(sizes)
+        wanted[sizes] = None
     if not wanted:
         raise ValueError("shapes is empty: give at least one (rows, in, hidden ..., out)")
-    return list(dict.fromkeys(wanted))
+    return list(wanted)
 
 
 def add_parser(subparsers: Any, dtypes: dict[str, torch.dtype]) -> None:
-    """``python -m fusedmlp tune``."""
+    """Add ``python -m fusedmlp tune``."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "tune",
-        help="measure stretches of layers here, and choose by that from now on",
-        description="Measure stretches of layers on this device, each product with every tile and on "
-        "PyTorch's operator, and each stretch as a whole; keep the table in the platform's cache folder, "
-        "where every later run on this device reads it. What is in it already is not measured again.",
+        help="measure chains of layers on this device, and choose by the results",
+        description="Measure chains of layers on this device: each product with every tile and with "
+        "PyTorch's operator, and each chain as a whole. The results are kept in the platform's cache folder, "
+        "and every later run on this device uses them. What is there already is not measured again.",
         epilog="example: python -m fusedmlp tune 4096,784,256,128,10 65536,256,256 --dtype bf16",
     )
-    parser.add_argument(
-        "shapes",
-        nargs="+",
-        metavar="ROWS,IN,...,OUT",
-        help="rows (the batch) and the widths of a stretch of layers, with commas between",
-    )
-    parser.add_argument(
-        "--dtype", choices=dtypes, default="bf16", metavar="DTYPE", help="fp32, bf16 or fp16 (default: bf16)"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=60.0, help="begin nothing after (default: %(default)s)"
-    )
-    parser.add_argument("--final-relu", action="store_true", help="with a ReLU after the last layer, too")
+    shapes_help = "the batch size and the widths of a chain of layers, separated by commas"
+    parser.add_argument("shapes", nargs="+", metavar="ROWS,IN,...,OUT", help=shapes_help)
+    dtype_help = "fp32, bf16 or fp16 (default: bf16)"
+    parser.add_argument("--dtype", choices=dtypes, default="bf16", metavar="DTYPE", help=dtype_help)
+    seconds_help = "begin nothing after this time (default: %(default)s)"
+    parser.add_argument("--seconds", type=float, default=60.0, help=seconds_help)
+    parser.add_argument("--final-relu", action="store_true", help="put a ReLU after the last layer, too")
     parser.add_argument("--device", help="default: the current CUDA device")
 
     def run(options: argparse.Namespace) -> int:
         try:
             shapes = [tuple(int(size) for size in shape.split(",")) for shape in options.shapes]
-            tuned = tune(
-                shapes, dtypes[options.dtype], options.seconds,
-                final_relu=options.final_relu, device=options.device,
-            )  # fmt: skip
+            dtype, relu, device = dtypes[options.dtype], options.final_relu, options.device
+            tuned = tune(shapes, dtype, options.seconds, final_relu=relu, device=device)
         except (ValueError, RuntimeError) as refusal:
             parser.error(str(refusal).splitlines()[0])
         print(tuned)

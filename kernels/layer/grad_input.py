@@ -1,7 +1,11 @@
-"""Input gradient of a layer, ``grad_z @ weight``, and with it what the layer below needs of it.
+"""Input gradient of a layer, ``grad_x = grad_z @ weight``, and what the layer below computes from it at once.
 
-Between two layers of a chain the ReLU's mask and the bias gradient of the layer below are computed on the
-product while it is still in registers, so that no pass over the activations is left in the backward.
+Below another layer, y is that layer's output, and the kernel also applies its ReLU and sums over rows:
+
+    grad_x    = grad_z @ weight where y > 0, else 0    this is the grad_z of the layer below
+    grad_bias = grad_x.sum(0)                          its bias gradient
+
+Both happen while the product is in registers, so backward needs no extra pass over the activations.
 """
 
 import functools
@@ -10,13 +14,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..gemm import tile_position, tile_product, tile_range
-from ..launch import PLANS, Setting, launch, listener
-from ..layer.relu_backward import relu_backward
+from ..launch import PLANS, Setting, dry_run_note, launch
 from ..partial_sums import Sums, parts_of
 from ..tiles import Tile, cdiv, count_tiles, select_tile
+from .relu_backward import relu_backward
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -49,7 +52,7 @@ def _grad_input_kernel(
         tile_m, tile_k = tile_position(tile, tiles_m, tiles_k, GROUP)
         first_m, offs_m, valid_m = tile_range(tile_m, BLOCK_M, M, WIDE)
         first_k, offs_k, valid_k = tile_range(tile_k, BLOCK_K, K, WIDE)
-        acc = tile_product(
+        acc = tile_product(  # grad_z @ weight
             grad_z_ptr + first_m * stride_zm, weight_ptr + first_k * stride_wk,
             offs_m, offs_k, valid_m, valid_k, 0, N,
             stride_zm, stride_zn, stride_wn, stride_wk,
@@ -60,8 +63,8 @@ def _grad_input_kernel(
             y_tile = y_ptr + first_m * stride_ym + first_k * stride_yk
             y_offs = offs_m[:, None] * stride_ym + offs_k[None, :] * stride_yk
             y = tl.load(y_tile + y_offs, mask=valid, other=0.0)
-            # torch's rule: 0 where y <= 0, passed everywhere else, so also where y is NaN. Rows past the
-            # last have y = 0 here: without that, 0 * inf would be theirs to add to the sums below.
+            # As in torch, the gradient passes unless y <= 0, so also where y is NaN. Rows past the last are
+            # loaded as y = 0: otherwise a 0 * inf there would get into the sums below.
             acc = tl.where(y.to(tl.float32) <= 0.0, 0.0, acc)
         grad_x_tile = grad_x_ptr + first_m * K + first_k + offs_m[:, None] * K + offs_k[None, :]
         tl.store(grad_x_tile, acc.to(grad_x_ptr.dtype.element_ty), mask=valid)
@@ -70,66 +73,17 @@ def _grad_input_kernel(
             tl.store(sums_tile, tl.sum(acc, axis=0).to(partials_ptr.dtype.element_ty), mask=valid_k)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _grad_input_descriptor_kernel(
-    grad_z_desc,  # (M, N) in blocks of (BLOCK_M, BLOCK_N)
-    weight_desc,  # (N, K) in blocks of (BLOCK_N, BLOCK_K)
-    y_desc,  # (M, K) in blocks of (BLOCK_M, BLOCK_K // 2), or None
-    grad_x_desc,  # likewise
-    partials_ptr,
-    M,
-    N,
-    K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """The same with tensor descriptors: the tensor memory accelerator of sm_90 and newer copies whole blocks,
-    fills with zeros what is past the edges, and computes no addresses in the threads."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_k = tl.cdiv(K, BLOCK_K)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_k, tl.num_programs(0)):
-        tile_m, tile_k = tile_position(tile, tiles_m, tiles_k, GROUP)
-        acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-        for n in tl.range(0, N, BLOCK_N):
-            grad_z = grad_z_desc.load([tile_m * BLOCK_M, n])
-            weight = weight_desc.load([n, tile_k * BLOCK_K])
-            if UPCAST:
-                grad_z = grad_z.to(tl.float32)
-                weight = weight.to(tl.float32)
-            acc = tl.dot(grad_z, weight, acc, input_precision="ieee")
-        # In two halves: with the whole of y beside acc, sm_100 runs out of registers.
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_K // 2)), (0, 2, 1)))
-        for half in tl.static_range(2):
-            first_k = (2 * tile_k + half) * (BLOCK_K // 2)
-            grad_x = left if half == 0 else right
-            if y_desc is not None:
-                y = y_desc.load([tile_m * BLOCK_M, first_k])
-                grad_x = tl.where(y.to(tl.float32) <= 0.0, 0.0, grad_x)
-            if partials_ptr is not None:
-                offs_k = first_k + tl.arange(0, BLOCK_K // 2)
-                sums_tile = partials_ptr + tile_m.to(tl.int64) * K + offs_k
-                tl.store(sums_tile, tl.sum(grad_x, axis=0).to(partials_ptr.dtype.element_ty), mask=offs_k < K)
-            grad_x_desc.store([tile_m * BLOCK_M, first_k], grad_x.to(grad_x_desc.dtype))
-
-
 @functools.lru_cache(PLANS)
 def _plan(
-    M: int, N: int, K: int, regular: bool, setting: Setting, tile: Tile | None
+    M: int, N: int, K: int, aligned: bool, setting: Setting, tile: Tile | None
 ) -> tuple[Tile, tuple[int], dict[str, Any]] | None:
     """Tile, grid and options for these sizes, or None where PyTorch's operator is faster."""
-    tile, by_torch = setting.measured("grad_input", M, N, K, regular, tile)
+    tile, by_torch = setting.measured("grad_input", M, N, K, aligned, tile)
     if by_torch:
         return None
-    tile = tile or select_tile([(M, K)], setting.kind, regular, setting.device.num_sms)
+    tile = tile or select_tile([(M, K)], setting.kind, aligned, setting.device.num_sms)
     blocks = {"BLOCK_M": tile.BLOCK_R, "BLOCK_K": tile.BLOCK_C, "BLOCK_N": tile.BLOCK_K}
-    options = blocks | setting.product_options(tile)
-    if tile.descriptors:
-        del options["INPUT_PRECISION"]
-    else:
-        options["WIDE"] = not regular
+    options = blocks | {"WIDE": not aligned} | setting.product_options(tile)
     return tile, setting.programs(count_tiles([(M, K)], tile), tile), options
 
 
@@ -138,20 +92,20 @@ def grad_input(
     weight: torch.Tensor,
     y: torch.Tensor | None,
     need_grad_bias: bool,
-    regular: bool,
+    aligned: bool,
     setting: Setting,
     sums: Sums,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``grad_z (M, N) @ weight (N, K)``: ``(M, K)``, contiguous. Dtypes and strides as in linear_forward.
 
-    With y (M, K), the output of the ReLU below: 0 where y <= 0, and if ``need_grad_bias`` the second result
-    is the bias gradient (K,) of the layer below, complete once ``add_up(sums)`` has run. regular: all that is
-    read is, see is_regular. tile: another than the measured one or the table's choice, for tests and timings.
+    With y (M, K), the output of the ReLU below, it is 0 where y <= 0, and if ``need_grad_bias`` the second
+    result is the bias gradient (K,) of the layer below, complete once ``add_up(sums)`` has run. aligned: all
+    tensors that are read are aligned, see is_aligned_tensor. tile: as in linear_forward.
     """
     M, N = grad_z.shape
     K = weight.shape[1]
-    plan = _plan(M, N, K, regular, setting, tile)
+    plan = _plan(M, N, K, aligned, setting, tile)
     if plan is None:
         grad_x = _by_torch(grad_z, weight)
         return (grad_x, None) if y is None else relu_backward(grad_x, y, need_grad_bias, setting, sums, True)
@@ -161,25 +115,15 @@ def grad_input(
     partials = None if grad_bias is None else parts_of(grad_bias, cdiv(M, tile.BLOCK_R), sums)
     if M == 0 or K == 0:
         return grad_x, grad_bias
-    if tile.descriptors:
-        of_output = [tile.BLOCK_R, tile.BLOCK_C // 2]
-        descriptors = (
-            TensorDescriptor.from_tensor(grad_z, [tile.BLOCK_R, tile.BLOCK_K]),
-            TensorDescriptor.from_tensor(weight, [tile.BLOCK_K, tile.BLOCK_C]),
-            None if y is None else TensorDescriptor.from_tensor(y, of_output),
-            TensorDescriptor.from_tensor(grad_x, of_output),
-        )
-        launch(_grad_input_descriptor_kernel, grid, grad_z, (*descriptors, partials, M, N, K), options)
-    else:
-        strides = *grad_z.stride(), *weight.stride(), *((0, 1) if y is None else y.stride())
-        args = (grad_z, weight, y, grad_x, partials, M, N, K, *strides)
-        launch(_grad_input_kernel, grid, grad_z, args, options)
+    strides = *grad_z.stride(), *weight.stride(), *((0, 1) if y is None else y.stride())
+    args = (grad_z, weight, y, grad_x, partials, M, N, K, *strides)
+    launch(_grad_input_kernel, grid, grad_z, args, options)
     return grad_x, grad_bias
 
 
 def _by_torch(grad_z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The product alone, by PyTorch's operator."""
-    note = listener()
+    note = dry_run_note()
     if note is None:
         return torch.mm(grad_z, weight)
     grad_x = grad_z.new_empty(grad_z.shape[0], weight.shape[1])

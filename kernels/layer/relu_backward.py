@@ -1,6 +1,7 @@
-"""What is left of the backward beside the products: the last ReLU's gradient, and sums over rows.
+"""Gradient of the last ReLU, and the bias gradient of the last layer, in one pass over the rows.
 
-One pass over the rows does both: ``grad_z = grad_output * (y > 0)``, ``grad_bias = grad_z.sum(0)``.
+grad_z    = grad_output where y > 0, else 0
+grad_bias = grad_z.sum(0)
 """
 
 import functools
@@ -15,7 +16,7 @@ from ..tiles import cdiv
 
 BLOCK_M = 32
 BLOCK_N = 128
-# With 4 warps the 64-bit offsets of odd strides take more registers than a thread has, and some are spilled.
+# With 4 warps, the 64-bit offsets of unaligned strides need more registers than a thread has.
 NUM_WARPS = 8
 _OPTIONS = COMPILE_OPTIONS | {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": NUM_WARPS}
 
@@ -52,7 +53,7 @@ def relu_backward_chunk(
         ).to(tl.float32)
         if y_ptr is not None:
             y = tl.load(y_ptr + m[:, None] * stride_ym + n[None, :] * stride_yn, mask=mask, other=0.0)
-            # torch's rule: 0 where y <= 0, passed everywhere else, so also where y is NaN.
+            # As in torch, the gradient passes unless y <= 0, so also where y is NaN.
             grad = tl.where(y.to(tl.float32) <= 0.0, 0.0, grad)
             grad_z_tile = grad_z_ptr + m[:, None] * N + n[None, :]
             tl.store(grad_z_tile, grad.to(grad_z_ptr.dtype.element_ty), mask=mask)
@@ -87,7 +88,7 @@ def _relu_backward_kernel(
 
 @functools.lru_cache(PLANS)
 def chunks_of(M: int, N: int, num_sms: int) -> tuple[int, int, int]:
-    """``(chunks, rows_per_chunk, blocks of columns)``: about four programs a multiprocessor, for latency."""
+    """``(chunks, rows_per_chunk, blocks of columns)``: about four programs an SM, to hide memory latency."""
     blocks = cdiv(N, BLOCK_N)
     wanted = max(1, min(cdiv(4 * num_sms, blocks), cdiv(M, BLOCK_M)))
     rows_per_chunk = cdiv(cdiv(M, wanted), BLOCK_M) * BLOCK_M
@@ -102,12 +103,11 @@ def relu_backward(
     sums: Sums,
     in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``(grad_z (M, N), grad_bias (N,) or None)`` from grad_output (M, N) of any strides and the output y.
+    """``(grad_z (M, N), grad_bias (N,) or None)`` from grad_output (M, N) and the output y, of any strides.
 
-    grad_z is new and contiguous, and neither argument is written to, unless ``in_place``: then grad_output is
-    contiguous and becomes grad_z. Without y there was no ReLU, and grad_z is grad_output itself. grad_bias is
-    grad_z summed over the rows in float32, in a fixed order, rounded once; it is complete once
-    ``add_up(sums)`` has run.
+    grad_z is new and contiguous, and neither argument is written to. With ``in_place``, grad_output must be
+    contiguous and becomes grad_z. If y is None there was no ReLU, and grad_z is grad_output itself. grad_bias
+    is summed in float32, in a fixed order, rounded once, and complete once ``add_up(sums)`` has run.
     """
     M, N = grad_output.shape
     grad_z = grad_output if y is None or in_place else grad_output.new_empty(M, N)

@@ -1,8 +1,12 @@
 """Backward through the activations of a whole chain of narrow layers in one launch.
 
-As in the forward a program carries a block of rows through every layer, from the last down to the first: the
-gradient of each layer's output before its ReLU, and its sums over the block for the bias gradient. The weight
-gradients, sums over all rows, are grad_weight's.
+As in the forward, a program carries a block of rows through all layers, here from the last down to the first:
+
+    grad_z[i - 1] = grad_z[i] @ weight[i] where h[i] > 0, else 0
+    partial sums for grad_bias[i - 1]: the sum of grad_z[i - 1] over the block's rows
+    grad_x = grad_z[0] @ weight[0]
+
+The weight gradients are sums over all rows, which layer/grad_weight.py computes afterwards.
 """
 
 import functools
@@ -15,8 +19,10 @@ import triton
 import triton.language as tl
 
 from ..gemm import tile_range
-from ..launch import PLANS, Setting, is_regular, launch
-from ..narrow.forward import (
+from ..launch import PLANS, Setting, is_aligned_tensor, launch
+from ..partial_sums import Sums, parts_of
+from ..tiles import ITEMSIZE, cdiv
+from .forward import (
     Form,
     counts_in_32_bits,
     options_of,
@@ -26,40 +32,54 @@ from ..narrow.forward import (
     store_rows,
     wins,
 )
-from ..partial_sums import Sums, parts_of
-from ..tiles import ITEMSIZE, cdiv
 
 BLOCK_C = 64  # columns of the first layer's input gradient at a time
 
 
 @triton.jit
-def _masked(grad, y_ptr, offs_m, valid_m, N: tl.constexpr, PADDED_N: tl.constexpr):
-    """The gradient before the ReLU that gave y (M, N), contiguous."""
+def _through_relu(
+    grad,  # (BLOCK_M, PADDED_N) float32: the gradient of the layer's output
+    y_ptr,  # (M, N), contiguous: that output
+    partials_ptr,  # (blocks of rows, N), contiguous, or None
+    grad_z_ptr,  # (M, N), contiguous, or None
+    block,
+    first_m,
+    offs_m,
+    valid_m,
+    N: tl.constexpr,
+    PADDED_N: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """``grad_z``, the gradient before the ReLU that gave y; store it and its sum over rows where wanted."""
+    y_ptr += first_m * N
     n = tl.arange(0, PADDED_N)
     mask = valid_m[:, None] & (n < N)[None, :]
     y = tl.load(y_ptr + offs_m[:, None] * N + n[None, :], mask=mask, other=0.0)
-    # torch's rule: 0 where y <= 0, passed everywhere else, so also where y is NaN. What is past an edge has
-    # y = 0 here: without that, 0 * inf would be its to add to sums and products.
-    return tl.where(y.to(tl.float32) <= 0.0, 0.0, grad)
+    # As in torch, the gradient passes unless y <= 0, so also where y is NaN. Past an edge y is loaded as 0:
+    # otherwise a 0 * inf there would get into sums and products.
+    grad = tl.where(y.to(tl.float32) <= 0.0, 0.0, grad)
+    if partials_ptr is not None:
+        sums_ptr = partials_ptr + tl.cast(block, tl.int64) * N
+        tl.store(sums_ptr + n, tl.sum(grad, axis=0).to(partials_ptr.dtype.element_ty), mask=n < N)
+    grad_z = grad.to(dtype)
+    if grad_z_ptr is not None:
+        store_rows(grad_z_ptr + first_m * N, grad_z, offs_m, valid_m, N, N, PADDED_N)
+    return grad_z
 
 
-@triton.jit
-def _store_sums(partials_ptr, block, grad, N: tl.constexpr, PADDED_N: tl.constexpr):
-    n = tl.arange(0, PADDED_N)
-    tl.store(
-        partials_ptr + block * N + n,
-        tl.sum(grad, axis=0).to(partials_ptr.dtype.element_ty),
-        mask=n < N,
-    )
-
-
+# What the kernel does depends on three compile-time conditions:
+#
+# FINAL_RELU    _through_relu computes the last layer's grad_z; else it is grad_output itself
+# STAGED        a product reads grad_z from memory (the L2 cache), where it was stored; else grad_z stays in
+#               registers from one layer to the next
+# grad_x_ptr    None: the chain's input needs no gradient, and the first layer's product is skipped
 @triton.jit(do_not_specialize=["M"])
 def _narrow_backward_kernel(
     grad_output_ptr,  # (M, N)
-    weight_ptrs,  # of each layer: (N, K); None for the first where grad_x_ptr is
-    y_ptrs,  # its output (M, N), contiguous; None for the last where it has no ReLU
-    grad_z_ptrs,  # (M, N), contiguous, or None: not stored; of the last, without a ReLU, grad_output
-    partials_ptrs,  # (blocks of rows, N), contiguous, or None
+    weight_ptrs,  # of each layer: (N, K); None for the first if grad_x_ptr is None
+    y_ptrs,  # of each layer: its output (M, N), contiguous; None for the last if it has no ReLU
+    grad_z_ptrs,  # of each layer: (M, N), contiguous; None if it need not be stored
+    partials_ptrs,  # of each layer: (blocks of rows, N), contiguous, or None
     grad_x_ptr,  # (M, K), contiguous, or None
     M,
     stride_gm,
@@ -77,6 +97,7 @@ def _narrow_backward_kernel(
     UPCAST: tl.constexpr,
 ):
     L: tl.constexpr = len(WIDTHS) - 1
+    dtype = grad_output_ptr.dtype.element_ty
     for block in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=1):
         first_m, offs_m, valid_m = tile_range(tl.cast(block, tl.int32), BLOCK_M, M, False)
         origin = block * zero
@@ -88,17 +109,12 @@ def _narrow_backward_kernel(
                 other=0.0,
             ).to(tl.float32)
             if FINAL_RELU:
-                grad = _masked(
-                    grad, y_ptrs[L - 1] + first_m * WIDTHS[L], offs_m, valid_m, WIDTHS[L], PADDED[L]
-                )
-                if partials_ptrs[L - 1] is not None:
-                    _store_sums(partials_ptrs[L - 1], tl.cast(block, tl.int64), grad, WIDTHS[L], PADDED[L])
-            grad_z = grad.to(grad_output_ptr.dtype.element_ty)
-            if FINAL_RELU and grad_z_ptrs[L - 1] is not None:
-                store_rows(
-                    grad_z_ptrs[L - 1] + first_m * WIDTHS[L], grad_z,
-                    offs_m, valid_m, WIDTHS[L], WIDTHS[L], PADDED[L],
+                grad_z = _through_relu(
+                    grad, y_ptrs[L - 1], partials_ptrs[L - 1], grad_z_ptrs[L - 1],
+                    block, first_m, offs_m, valid_m, WIDTHS[L], PADDED[L], dtype,
                 )  # fmt: skip
+            else:
+                grad_z = grad.to(dtype)
         for i in tl.static_range(L - 1, -1, -1):  # the layer whose input gradient is computed
             held = None if STAGED else grad_z
             if STAGED and (i < L - 1 or FINAL_RELU) and (i > 0 or grad_x_ptr is not None):
@@ -109,24 +125,19 @@ def _narrow_backward_kernel(
                 a_ptr = grad_output_ptr + first_m * stride_gm
                 stride_am = stride_gm
                 stride_an = stride_gn
-            tl.debug_barrier()  # what the other threads of this program wrote
+            tl.debug_barrier()  # makes visible what the other threads of this program stored
             if i > 0:
-                grad = rows_product(
+                grad = rows_product(  # grad_z[i] @ weight[i]
                     held, a_ptr, weight_ptrs[i] + origin, offs_m, valid_m,
                     stride_am, stride_an, STRIDES[i][0], STRIDES[i][1], WIDTHS[i], zero,
                     WIDTHS[i + 1], PADDED[i + 1], PADDED[i], BLOCK_M, BLOCK_K, INPUT_PRECISION, UPCAST,
                 )  # fmt: skip
-                grad = _masked(
-                    grad, y_ptrs[i - 1] + first_m * WIDTHS[i], offs_m, valid_m, WIDTHS[i], PADDED[i]
-                )
-                if partials_ptrs[i - 1] is not None:
-                    _store_sums(partials_ptrs[i - 1], tl.cast(block, tl.int64), grad, WIDTHS[i], PADDED[i])
-                grad_z = grad.to(grad_output_ptr.dtype.element_ty)
-                if grad_z_ptrs[i - 1] is not None:
-                    grad_z_ptr = grad_z_ptrs[i - 1] + first_m * WIDTHS[i]
-                    store_rows(grad_z_ptr, grad_z, offs_m, valid_m, WIDTHS[i], WIDTHS[i], PADDED[i])
+                grad_z = _through_relu(
+                    grad, y_ptrs[i - 1], partials_ptrs[i - 1], grad_z_ptrs[i - 1],
+                    block, first_m, offs_m, valid_m, WIDTHS[i], PADDED[i], dtype,
+                )  # fmt: skip
             elif grad_x_ptr is not None:
-                # A first layer's input may be wide: so many columns at a time.
+                # The first layer's input may be wide, so its gradient is computed BLOCK_C columns at a time.
                 for c in tl.range(0, WIDTHS[0], BLOCK_C, num_stages=1):
                     weight_ptr = weight_ptrs[0] + origin + tl.cast(c, tl.int64) * STRIDES[0][1]
                     grad_x = rows_product(
@@ -143,19 +154,19 @@ def _narrow_backward_kernel(
 @functools.lru_cache(PLANS)
 def _plan(
     M: int,
-    columns_in: int,  # of the chain's input, which for the kernel are 1 where x needs no gradient
+    columns_in: int,  # of the chain's input; in widths they are 1 where x needs no gradient
     widths: tuple[int, ...],
     strides: tuple[tuple[int, ...], ...],
     final_relu: bool,
     need_x: bool,
-    regular: bool,
+    aligned: bool,
     setting: Setting,
     form: Form | None,
 ) -> tuple[Form, tuple[int], dict[str, Any]] | None:
-    """None where one launch a layer is better."""
+    """Form, grid and options, or None if one launch for each layer is better."""
     num_sms = setting.device.num_sms
     if form is None:
-        form = select_form(M, widths, setting.kind, regular, False, num_sms)
+        form = select_form(M, widths, setting.kind, aligned, False, num_sms)
         sizes = list(itertools.pairwise(widths))[0 if need_x else 1 :]
         launches = len(sizes) + final_relu - 1
         weights = sum(K * N for K, N in sizes)
@@ -185,12 +196,12 @@ def narrow_backward(
     sums: Sums,
     form: Form | None = None,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]] | None:
-    """``(grad_x, grads_z, grads_b)`` of a chain, by one launch; None where one a layer is better.
+    """``(grad_x, grads_z, grads_b)`` of a chain, by one launch; None if one launch for each layer is better.
 
-    activations and what is needed: as in mlp_backward, with 0 for lowest. grads_z: of each layer whose weight
-    needs a gradient its ``grad_z (M, N)``, of the last one without a ReLU grad_output itself; grads_b: the
-    bias gradients ``(N,)`` that are needed, but for that layer's, complete once ``add_up(sums)`` has run.
-    form: as in narrow_forward.
+    activations and what is needed: as in mlp_backward, with 0 for lowest. grads_z: ``grad_z (M, N)`` of each
+    layer whose weight needs a gradient; of a last layer without ReLU, it is grad_output itself. grads_b: the
+    bias gradients ``(N,)`` that are needed, except of a last layer without ReLU; they are complete once
+    ``add_up(sums)`` has run. form: as in narrow_forward.
     """
     M = grad_output.shape[0]
     last = len(weights) - 1
@@ -200,12 +211,12 @@ def narrow_backward(
         return None
     if not all(y is None or y.is_contiguous() for y in outputs):
         return None
-    K = used[0].shape[1] if need_x else 1  # else it does not matter
+    K = used[0].shape[1] if need_x else 1  # the kernel does not use it then
     columns_in = K if activations[0] is None else activations[0].shape[1]
     widths = (K, *[y.shape[1] for y in outputs[:last] if y is not None], grad_output.shape[1])
-    regular = is_regular(grad_output) and all(map(is_regular, used))
+    aligned = is_aligned_tensor(grad_output) and all(map(is_aligned_tensor, used))
     strides = tuple([(0, 0) if weight is None else weight.stride() for weight in weights])
-    plan = _plan(M, columns_in, widths, strides, final_relu, need_x, regular, setting, form)
+    plan = _plan(M, columns_in, widths, strides, final_relu, need_x, aligned, setting, form)
     if plan is None:
         return None
     form, grid, options = plan

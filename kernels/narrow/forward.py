@@ -1,8 +1,10 @@
-"""Forward of a whole chain of narrow layers in one launch, and when that is better than one a layer.
+"""Forward of a whole chain of narrow layers in one launch, and when that is faster than one for each layer.
 
-Rows are independent of each other: a program carries a block of rows through every layer, and what a layer
-leaves for the next stays on the chip. What is the same in all calls of a network is constant to the compiler,
-which compiles once a network, whatever the number of rows.
+    h[0] = x;  h[i + 1] = relu(h[i] @ weight[i].T + bias[i])
+
+Rows are independent of each other, so a program carries a block of rows through all layers, and hidden
+activations stay on the chip. Widths and strides are compile-time constants: the kernel is compiled once for
+each network, for any number of rows.
 """
 
 import functools
@@ -15,56 +17,56 @@ import triton
 import triton.language as tl
 
 from ..gemm import tile_product, tile_range
-from ..launch import COMPILE_OPTIONS, PLANS, Setting, is_regular, launch
+from ..launch import COMPILE_OPTIONS, PLANS, Setting, is_aligned_tensor, launch
 from ..tiles import ITEMSIZE, cdiv
 
 MOST_LAYERS = 8
 WIDEST = 256
-NARROW = 128  # wider layers leave no registers for large blocks of rows
-MOST_IN_REGISTERS = 4  # layers: with eight, Triton 3.6 wants more tensor memory than sm_100 has
+NARROW = 128  # with wider layers, there are no registers left for large blocks of rows
+MOST_IN_REGISTERS = 4  # layers: for eight, Triton 3.6 needs more tensor memory than sm_100 has
 
 
 class Form(NamedTuple):
     """How a program goes through the layers, and how it is compiled."""
 
     BLOCK_M: int  # rows at a time
-    BLOCK_K: int  # of a product's reduction at a time, where it is not the whole
+    BLOCK_K: int  # of a product's reduction at a time, unless its left operand is in registers
     num_warps: int
     num_stages: int
-    STAGED: bool  # activations go from layer to layer through the L2 cache, else they stay in registers
+    STAGED: bool  # activations go from layer to layer through the L2 cache; else they stay in registers
 
 
 # All are compiled for sm_80, sm_90 and sm_100 by tests/kernels/test_codegen.py. None has been timed yet.
-FEW_ROWS: dict[str, Form] = {  # a block for every multiprocessor; and irregular operands and wide layers
+FEW_ROWS: dict[str, Form] = {  # at most a block for every SM; also for unaligned operands and wide layers
     "half": Form(16, 64, 8, 2, True),
     "tf32": Form(16, 32, 8, 2, True),
     "ieee": Form(16, 16, 8, 2, True),
 }
-THROUGH_CACHE: dict[str, Form] = {  # TF32 has no larger one without spills
+THROUGH_CACHE: dict[str, Form] = {  # TF32 has no larger form without spills
     "half": Form(64, 64, 8, 2, True),
     "ieee": Form(32, 16, 8, 1, True),
 }
-# For the forward, whose hidden activations need not be stored; of the backward every gradient is. float32
-# does not fit in the registers.
+# For the forward only, whose hidden activations need not be stored; backward stores every gradient. float32
+# does not fit in registers.
 IN_REGISTERS = Form(64, 64, 8, 2, False)
 
-# A launch that is saved is worth the time in which a multiprocessor reads so many bytes of weights from the
-# L2 cache: about 2 us, at 64 bytes a clock.
+# In the time of a saved launch, about 2 us, an SM reads this many bytes of weights from the L2 cache, at 64
+# bytes a clock.
 BYTES_A_LAUNCH = 2**18
 
 
 def select_form(
-    M: int, widths: Sequence[int], kind: str, regular: bool, forward: bool, num_sms: int
+    M: int, widths: Sequence[int], kind: str, aligned: bool, forward: bool, num_sms: int
 ) -> Form | None:
-    """The form for M rows through layers of these widths, or None: they are too many or too wide.
+    """The form for M rows through layers of these widths, or None if they are too many or too wide.
 
-    widths: of the first layer's input, then of each layer's output; regular: all that is read is, see
-    is_regular.
+    widths: of the first layer's input, then of each layer's output. aligned: all tensors that are read are
+    aligned, see is_aligned_tensor.
     """
     if len(widths) - 1 > MOST_LAYERS or max(widths[1:]) > WIDEST or min(widths) < 1:
         return None
     few = cdiv(M, FEW_ROWS[kind].BLOCK_M) <= num_sms
-    if few or not regular or max(widths[1:]) > NARROW or kind not in THROUGH_CACHE:
+    if few or not aligned or max(widths[1:]) > NARROW or kind not in THROUGH_CACHE:
         return FEW_ROWS[kind]
     if forward and kind == "half" and len(widths) - 1 <= MOST_IN_REGISTERS:
         return IN_REGISTERS
@@ -72,10 +74,10 @@ def select_form(
 
 
 def wins(form: Form, M: int, weights: int, launches: int, columns: int, itemsize: int, num_sms: int) -> bool:
-    """Whether one launch is expected to take less time than one a layer, by rule, not by measurement.
+    """True if one launch is expected to be faster than one for each layer, by a rule, not by measurement.
 
-    Every block of rows reads all weights (``weights`` elements) from the L2 cache, one after the other. That
-    saves so many launches, and so many columns of M rows that would be read or written once more.
+    Every block of rows reads all weights (``weights`` elements) from the L2 cache, one after the other. This
+    saves ``launches`` launches, and one more read or write of ``columns`` columns of M rows.
     """
     if cdiv(M, form.BLOCK_M) <= num_sms:
         return weights * itemsize <= launches * BYTES_A_LAUNCH
@@ -85,7 +87,7 @@ def wins(form: Form, M: int, weights: int, launches: int, columns: int, itemsize
 
 @triton.jit
 def rows_product(
-    a,  # (BLOCK_M, PADDED_K) block of rows in registers, zero past K, or None: at a_ptr
+    a,  # (BLOCK_M, PADDED_K): the block of rows in registers, zero past K; or None: it is read from a_ptr
     a_ptr,  # start of the block's first row in A (M, K)
     b_ptr,  # B (K, N)
     offs_m,
@@ -94,7 +96,7 @@ def rows_product(
     stride_ak,
     stride_bk,
     stride_bn,
-    N,  # of B, columns from b_ptr on: PADDED_N of them at most are looked at
+    N,  # columns of B from b_ptr on, of which at most PADDED_N are used
     zero,  # see _narrow_forward_kernel
     K: tl.constexpr,
     PADDED_K: tl.constexpr,
@@ -104,7 +106,7 @@ def rows_product(
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A block of rows of A times the whole of B, in float32: (BLOCK_M, PADDED_N)."""
+    """A block of rows of A times all of B, in float32: (BLOCK_M, PADDED_N)."""
     n = tl.arange(0, PADDED_N)
     if a is None:
         product = tile_product(
@@ -127,7 +129,7 @@ def rows_product(
 
 @triton.jit
 def store_rows(out_ptr, rows, offs_m, valid_m, N, pitch, PADDED_N: tl.constexpr):
-    """N columns of a block of rows, to where its first one belongs."""
+    """Store N columns of a block of rows; out_ptr is where its first row starts."""
     n = tl.arange(0, PADDED_N)
     mask = valid_m[:, None] & (n < N)[None, :]
     tl.store(out_ptr + offs_m[:, None] * pitch + n[None, :], rows, mask=mask)
@@ -139,7 +141,7 @@ def _finished(
     bias_ptr,
     stride_b,
     y_ptr,  # (rows, N), contiguous, or None
-    first_m,  # the row of it where the block's first belongs
+    first_m,  # the row of y where the block starts
     offs_m,
     valid_m,
     N: tl.constexpr,
@@ -147,15 +149,15 @@ def _finished(
     RELU: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """The block of rows that a layer leaves, stored where it is kept."""
+    """``y = relu(z + bias)`` for a block of rows, stored unless y_ptr is None."""
     n = tl.arange(0, PADDED_N)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + n * stride_b, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if RELU:
-        # max() drops NaN unless told to keep it; torch.relu keeps it.
+        # A NaN stays NaN, as in torch.relu; by default, tl.maximum drops it.
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if N < PADDED_N:
-        z = tl.where((n < N)[None, :], z, 0.0)  # inf * 0 is NaN, and it goes into the next product
+        z = tl.where((n < N)[None, :], z, 0.0)  # the next product reads it, and inf * 0 would be NaN
     y = z.to(dtype)
     if y_ptr is not None:
         store_rows(y_ptr + first_m * N, y, offs_m, valid_m, N, N, PADDED_N)
@@ -167,12 +169,12 @@ def _narrow_forward_kernel(
     x_ptr,  # (M, K)
     weight_ptrs,  # of each layer: (N, K)
     bias_ptrs,  # (N,) or None
-    y_ptrs,  # (M, N), contiguous, of layers from number KEEP on; before: (programs * BLOCK_M, N), or None
+    y_ptrs,  # (M, N), contiguous, for layers from KEEP on; for others (programs * BLOCK_M, N) or None
     M,
     stride_xm,
     stride_xk,
-    # 0, and the compiler must not know. What is the same for every block of rows, addresses say, it would
-    # compute before the loop and keep for all layers at once, and unroll short reductions: spilled registers.
+    # 0, which the compiler must not know: it would compute addresses, which are the same for every block of
+    # rows, before the loop for all layers at once, and unroll short reductions. Both spill registers.
     zero,
     WIDTHS: tl.constexpr,  # K of the first layer, then each layer's N
     PADDED: tl.constexpr,  # the same, rounded up to a power of two
@@ -190,31 +192,27 @@ def _narrow_forward_kernel(
         origin = block * zero
         own = tl.program_id(0).to(tl.int64) * BLOCK_M
         dtype = x_ptr.dtype.element_ty
-        z = rows_product(
-            None, x_ptr + first_m * stride_xm, weight_ptrs[0] + origin, offs_m, valid_m,
-            stride_xm, stride_xk, STRIDES[0][1], STRIDES[0][0],
-            WIDTHS[1], zero, WIDTHS[0], PADDED[0], PADDED[1], BLOCK_M, BLOCK_K, INPUT_PRECISION, UPCAST,
-        )  # fmt: skip
-        y = _finished(
-            z, bias_ptrs[0], STRIDES[0][2], y_ptrs[0], first_m if KEEP == 0 else own, offs_m, valid_m,
-            WIDTHS[1], PADDED[1], FINAL_RELU or len(WIDTHS) > 2, dtype,
-        )  # fmt: skip
-        for i in tl.static_range(1, len(WIDTHS) - 1):
-            tl.debug_barrier()  # what the other threads of this program wrote
-            held = None if STAGED else y
-            y_ptr = y_ptrs[i - 1] + (first_m if i > KEEP else own) * WIDTHS[i] if STAGED else None
-            z = rows_product(
-                held, y_ptr, weight_ptrs[i] + origin, offs_m, valid_m,
-                WIDTHS[i], 1, STRIDES[i][1], STRIDES[i][0],
+        held = None
+        for i in tl.static_range(len(WIDTHS) - 1):
+            if i == 0:
+                h_ptr, stride_hm, stride_hk = x_ptr + first_m * stride_xm, stride_xm, stride_xk
+            else:
+                tl.debug_barrier()  # makes visible what the other threads of this program stored
+                h_ptr = y_ptrs[i - 1] + (first_m if i > KEEP else own) * WIDTHS[i] if STAGED else None
+                stride_hm, stride_hk = WIDTHS[i], 1
+            z = rows_product(  # h[i] @ weight[i].T
+                held, h_ptr, weight_ptrs[i] + origin, offs_m, valid_m,
+                stride_hm, stride_hk, STRIDES[i][1], STRIDES[i][0],
                 WIDTHS[i + 1], zero, WIDTHS[i], PADDED[i], PADDED[i + 1],
                 BLOCK_M, BLOCK_K, INPUT_PRECISION, UPCAST,
             )  # fmt: skip
-            y = _finished(
+            y = _finished(  # h[i + 1]
                 z, bias_ptrs[i], STRIDES[i][2], y_ptrs[i], first_m if i >= KEEP else own, offs_m, valid_m,
                 WIDTHS[i + 1], PADDED[i + 1], FINAL_RELU or i < len(WIDTHS) - 2, dtype,
             )  # fmt: skip
+            held = None if STAGED else y
         if STAGED and KEEP > 0:
-            tl.debug_barrier()  # before the next block of rows goes where the others may still be reading
+            tl.debug_barrier()  # the next block overwrites scratch rows that other threads may still read
 
 
 class _Plan(NamedTuple):
@@ -238,7 +236,7 @@ def options_of(form: Form, widths: tuple[int, ...], setting: Setting) -> dict[st
 
 
 def programs(form: Form, M: int, num_sms: int) -> int:
-    """A persistent grid: 16 warps a multiprocessor, or less where there are not so many blocks of rows."""
+    """The size of a persistent grid: 16 warps on each SM, but not more programs than blocks of rows."""
     return min(cdiv(M, form.BLOCK_M), num_sms * (16 // form.num_warps))
 
 
@@ -249,16 +247,16 @@ def _plan(
     strides: tuple[tuple[int, ...], ...],
     final_relu: bool,
     keep: int,
-    regular: bool,
+    aligned: bool,
     setting: Setting,
     form: Form | None,
 ) -> _Plan | None:
-    """None where one launch a layer is better."""
+    """The plan, or None if one launch for each layer is better."""
     num_sms = setting.device.num_sms
     if form is None:
-        form = select_form(M, widths, setting.kind, regular, True, num_sms)
+        form = select_form(M, widths, setting.kind, aligned, True, num_sms)
         hidden = widths[1:-1]
-        columns = 2 * sum(hidden) - sum(hidden[keep:])  # written and read, or read
+        columns = 2 * sum(hidden) - sum(hidden[keep:])  # written and read; those that are kept only read
         weights = sum(N * K for K, N in itertools.pairwise(widths))
         if form is None:
             return None
@@ -282,9 +280,9 @@ def narrow_forward(
     setting: Setting,
     form: Form | None = None,
 ) -> list[torch.Tensor] | None:
-    """What mlp_forward returns, by one launch; None where one a layer is better.
+    """What mlp_forward returns, by one launch; None if one launch for each layer is better.
 
-    form: that one, whatever is better, for tests and timings.
+    form: use one launch of this form in any case; for tests and timings.
     """
     M = x.shape[0]
     steps = [0 if bias is None else bias.stride(0) for bias in biases]
@@ -292,8 +290,8 @@ def narrow_forward(
         return None
     strides = tuple([(*weight.stride(), step) for weight, step in zip(weights, steps, strict=True)])
     widths = (x.shape[1], *[weight.shape[0] for weight in weights])
-    regular = is_regular(x) and all(map(is_regular, weights))
-    plan = _plan(M, widths, strides, final_relu, keep, regular, setting, form)
+    aligned = is_aligned_tensor(x) and all(map(is_aligned_tensor, weights))
+    plan = _plan(M, widths, strides, final_relu, keep, aligned, setting, form)
     if plan is None:
         return None
     grid, scratch_rows, options = plan
@@ -307,5 +305,5 @@ def narrow_forward(
 
 
 def counts_in_32_bits(x: torch.Tensor) -> bool:
-    """Whether offsets within a block of rows, or of the largest weight, are less than 2**31 elements."""
+    """True if offsets within a block of rows, and within the largest weight, are less than 2**31 elements."""
     return max(x.stride()) < 2**22 and x.shape[1] < 2**22

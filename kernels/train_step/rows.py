@@ -1,26 +1,40 @@
 """A training step's first phase, over rows: gather, forward, loss, and backward through the activations.
 
-A program carries BLOCK_M rows through all layers and back. No row looks at another: what the weights' phase
-sums over the rows, activations and their gradients, is stored for it.
+    h[0] = x[index] * scale;  h[i + 1] = relu(h[i] @ W[i].T + b[i]), and z for the last layer, without ReLU
+    g[L - 1] = softmax(z) - one_hot(target), or z - target
+    g[i - 1] = g[i] @ W[i] where h[i] > 0, else 0
+
+Rows are independent of each other, so a program carries BLOCK_M rows through all layers and back. It stores h
+and g, over whose rows the second phase sums, and its sums of the loss and of what the loss is divided by.
 """
 
 import triton
 import triton.language as tl
 
-IGNORED: tl.constexpr = tl.constexpr(-100)  # the class that cross_entropy leaves out
-# The record of labels that are no class: this, or the least code of such a label, which has the number of the
-# step in its upper half and in its lower half the label, cut to 32 bits' range, plus 2**31.
+IGNORED: tl.constexpr = tl.constexpr(-100)  # torch's ignore_index: labels that cross_entropy leaves out
+# The record of wrong labels, which are no class: this, or the smallest code of such a label. A code has the
+# number of the step in its upper 32 bits, and in its lower ones the label, clamped to int32, plus 2**31.
 NONE_WRONG: tl.constexpr = tl.constexpr(2**63 - 1)
+
+
+@triton.jit
+def unknown_zero(n):
+    """0 to add to offsets and bounds, which the compiler takes for a multiple of 16 that changes with n.
+
+    As layers have constant sizes, the compiler would otherwise unroll their loops and compute every layer's
+    addresses once for all steps, which needs far more registers than there are.
+    """
+    return n * tl.program_id(1) * 16
 
 
 @triton.jit
 def _product(
     a_ptr,
-    a_rows,  # (BLOCK_M,) where the rows of a start, (BLOCK_M, K) with contiguous rows
+    a_rows,  # (BLOCK_M,) where the rows of a, (BLOCK_M, K), start; rows are contiguous
     valid_m,
     b_ptr,  # (K, C)
-    like_ptr,  # of the dtype in which to multiply
-    scale,  # what integers in a are multiplied by
+    like_ptr,  # its dtype is that of the product
+    scale,  # integers in a are multiplied by it
     zero,
     K: tl.constexpr,
     C: tl.constexpr,
@@ -46,7 +60,7 @@ def _product(
             mask=valid_k[:, None] & (offs_c < C)[None, :],
             other=0.0,
         )
-        a = as_number(a, like_ptr, scale)
+        a = converted(a, like_ptr, scale)
         if UPCAST:  # Triton's interpreter computes bfloat16 products wrongly
             a = a.to(tl.float32)
             b = b.to(tl.float32)
@@ -55,8 +69,8 @@ def _product(
 
 
 @triton.jit
-def as_number(x, like_ptr, scale):
-    """x in the dtype of like_ptr, what was stored as integers (pixels) times scale."""
+def converted(x, like_ptr, scale):
+    """x in the dtype of like_ptr; integers (pixels) are multiplied by scale."""
     if x.dtype.is_int():
         x = x.to(tl.float32) * scale
     return x.to(like_ptr.dtype.element_ty)
@@ -64,9 +78,11 @@ def as_number(x, like_ptr, scale):
 
 @triton.jit
 def _cross_entropy(z, target_ptr, source, valid_m, number, wrong_ptr, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """``(loss, counted, gradient)`` of logits z (BLOCK_M, BLOCK_N) for class indices, neither divided yet.
+    """``(loss, counted, gradient)`` of logits z (BLOCK_M, BLOCK_N), to be divided by the sum of counted.
 
-    A class that does not exist makes its row's loss NaN, and is written down as one of the step ``number``.
+        loss = log(sum(exp(z))) - z[label],   gradient = softmax(z) - one_hot(label)
+
+    A wrong label makes its row's loss NaN and is recorded as one of step ``number``.
     """
     offs_n = tl.arange(0, BLOCK_N)
     label = tl.load(target_ptr + source, mask=valid_m, other=0).to(tl.int64)
@@ -89,7 +105,7 @@ def _cross_entropy(z, target_ptr, source, valid_m, number, wrong_ptr, N: tl.cons
 
 @triton.jit
 def _squared_error(z, target_ptr, source, valid_m, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The same for the squared error to targets (..., N), without the gradient's factor 2."""
+    """The same for ``(z - target)**2``, targets (..., N); the gradient ``z - target`` lacks the factor 2."""
     offs_n = tl.arange(0, BLOCK_N)
     valid = valid_m[:, None] & (offs_n < N)[None, :]
     target = tl.load(target_ptr + source[:, None] * N + offs_n[None, :], mask=valid, other=0.0)
@@ -100,21 +116,21 @@ def _squared_error(z, target_ptr, source, valid_m, N: tl.constexpr, BLOCK_N: tl.
 @triton.jit
 def rows_of_step(
     tile,  # which BLOCK_M rows
-    tiles,  # of how many: the pitch of partials
-    first,  # where the step's rows start in index, or without one in x
+    tiles,  # how many tiles there are: the pitch of partials
     rows,  # of this step
-    x_ptr,  # (..., WIDTHS[0]), contiguous, integers or floats
-    index_ptr,  # (...,) the order in which rows are taken, or None
-    target_ptr,  # class indices (...,), or numbers (..., WIDTHS[-1]), contiguous
-    weights,  # of each layer: (N, K), contiguous, of the dtype in which to multiply
-    biases,  # (N,) float32
-    hidden,  # of each layer but the last: its output, (rows, BLOCK of N), the same dtype
-    grads,  # of each layer: the gradient of its product, likewise
-    partials_ptr,  # (2, tiles): sums of the loss and of what it is the mean of
+    # (x_ptr, index_ptr, first, scale): x (..., WIDTHS[0]), contiguous, integers or floats; the order (...,)
+    # in which its rows are taken, or None; where the step's rows start in that order, or in x; see converted
+    data,
+    target_ptr,  # class indices (...,), or floats (..., WIDTHS[-1]), contiguous
+    weights,  # of each layer: (N, K), contiguous, of the dtype of products
+    biases,  # of each layer: (N,) float32
+    # (hidden, grads), of the dtype of products: the output h of each layer but the last, (rows, BLOCK of N);
+    # the gradient g of each layer's product, likewise
+    activations,
+    partials_ptr,  # (2, tiles): for each tile, the sum of the loss and of what it is to be divided by
     number,  # of the step, for the record of wrong labels
     wrong_ptr,  # that record, one int64
-    scale,
-    zero,  # 0, which the compiler does not know: see step.unknown_zero
+    zero,  # see unknown_zero
     WIDTHS: tl.constexpr,  # of x and of each layer's output
     BLOCKS: tl.constexpr,  # the powers of two that hold them
     LOSS: tl.constexpr,
@@ -123,6 +139,8 @@ def rows_of_step(
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    x_ptr, index_ptr, first, scale = data
+    hidden, grads = activations
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid_m = m < rows
     m = m.to(tl.int64)
@@ -134,17 +152,16 @@ def rows_of_step(
         if i == 0:
             a_ptr, a_rows = x_ptr, source * WIDTHS[0]
         else:
-            # Other threads of this program have stored what comes next.
-            tl.debug_barrier()
+            tl.debug_barrier()  # makes visible what the other threads of this program stored
             a_ptr, a_rows = hidden[i - 1], m * BLOCKS[i]
-        z = _product(
+        z = _product(  # h[i] @ W[i].T
             a_ptr, a_rows, valid_m, weights[i], weights[i], scale, zero,
             WIDTHS[i], WIDTHS[i + 1], 1, WIDTHS[i], BLOCK_M, BLOCK_K, BLOCKS[i + 1], INPUT_PRECISION, UPCAST,
         )  # fmt: skip
         offs_n = zero + tl.arange(0, BLOCKS[i + 1])
         z += tl.load(biases[i] + offs_n, mask=offs_n < WIDTHS[i + 1], other=0.0)[None, :]
         if i < last:
-            # max() drops NaN unless told to keep it; torch.relu keeps it.
+            # A NaN stays NaN, as in torch.relu; by default, tl.maximum drops it.
             h = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
             tile_of_hidden = hidden[i] + m[:, None] * BLOCKS[i + 1] + offs_n[None, :]
             tl.store(tile_of_hidden, h.to(hidden[i].dtype.element_ty), mask=valid_m[:, None])
@@ -163,14 +180,14 @@ def rows_of_step(
             tl.store(tile_of_grad, grad.to(grads[i].dtype.element_ty), mask=valid_m[:, None])
     for j in tl.static_range(last):
         tl.debug_barrier()
-        grad = _product(
+        grad = _product(  # g[i] @ W[i] for i = last - j
             grads[last - j], m * BLOCKS[last - j + 1], valid_m, weights[last - j], weights[last - j], scale,
             zero, WIDTHS[last - j + 1], WIDTHS[last - j], WIDTHS[last - j], 1,
             BLOCK_M, BLOCK_K, BLOCKS[last - j], INPUT_PRECISION, UPCAST,
         )  # fmt: skip
         offs_k = m[:, None] * BLOCKS[last - j] + (zero + tl.arange(0, BLOCKS[last - j]))[None, :]
         h = tl.load(hidden[last - j - 1] + offs_k, mask=valid_m[:, None], other=0.0)
-        # torch's rule: 0 where the output is <= 0, passed everywhere else, so also where it is NaN.
+        # As in torch, the gradient passes unless h <= 0, so also where h is NaN.
         grad = tl.where(h.to(tl.float32) <= 0.0, 0.0, grad)
         grads_ptr = grads[last - j - 1]
         tl.store(grads_ptr + offs_k, grad.to(grads_ptr.dtype.element_ty), mask=valid_m[:, None])

@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
+import gc
 import io
 import pickle
 import random
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torch.nn.utils import parametrizations, prune
 
 import fusedmlp
 from fusedmlp import nn
-from fusedmlp.convert import Report, Row, fuse, fuse_model, pending_relu, report, unfuse
+from fusedmlp.convert import Report, Row, fuse, module_classes, pending_relu, report, unfuse
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,9 +135,10 @@ def assert_same_bits(ours: list[torch.Tensor], torchs: list[torch.Tensor]) -> No
 def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Counts the pairs of a forward that run as one."""
     calls: list[int] = []
-    of = pending_relu._Deferred.of
+    output = pending_relu._DeferredOutput
+    of = output.of
     with monkeypatch.context() as patch:
-        patch.setattr(pending_relu._Deferred, "of", staticmethod(lambda *a: (calls.append(1), of(*a))[1]))
+        patch.setattr(output, "of", staticmethod(lambda *a: (calls.append(1), of(*a))[1]))
         yield calls
 
 
@@ -203,19 +206,15 @@ def test_what_is_empty(make: Callable[[], tnn.Module]) -> None:
 
 def test_a_fused_linear_is_called_linear() -> None:
     """By tools that go by the name of its class; pickles find it all the same."""
-    model = tnn.Sequential(Net(), Custom(code=lambda m, x: m.fc(x).clamp_min(0)), tnn.LazyLinear(3))
+    model = tnn.Sequential(Net(), tnn.LazyLinear(3))
     names = [type(module).__name__ for module in model.modules()]
     fuse(model)
-    kinds = {pending_relu.LinearBeforeReLU, pending_relu.LinearBeforeClamp, nn.LazyLinear}
-    assert kinds <= {type(module) for module in model.modules()}
+    assert {pending_relu.LinearBeforeReLU, nn.LazyLinear} <= {type(module) for module in model.modules()}
     assert [type(module).__name__ for module in model.modules()] == names
     assert [module._get_name() for module in model.modules()] == names
     for copied in (copy.deepcopy(model[0]), pickle.loads(pickle.dumps(model[0]))):
         assert type(copied.fc1) is pending_relu.LinearBeforeReLU
         assert type(unfuse(copied).fc1) is tnn.Linear
-    for kind in (pending_relu.LazyLinearBeforeReLU, pending_relu.LazyLinearBeforeClamp):
-        assert kind.__name__ == "LazyLinear"
-        assert pickle.loads(pickle.dumps(kind)) is kind
 
 
 def test_a_root_that_is_a_layer_itself() -> None:
@@ -251,6 +250,8 @@ SPELLINGS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     ".relu()": lambda m, x: m.fc(x).relu(),
     "nn.ReLU": lambda m, x: m.act(m.fc(x)),
     "a new nn.ReLU": lambda m, x: tnn.ReLU()(m.fc(x)),
+}
+CLAMPS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "clamp_min(0)": lambda m, x: m.fc(x).clamp_min(0),
     "clamp(min=0)": lambda m, x: m.fc(x).clamp(min=0),
     "clamp(0)": lambda m, x: m.fc(x).clamp(0),
@@ -278,11 +279,24 @@ def test_every_spelling_runs_as_one(
     x = torch.randn(4, 5, device=device)
     with spied(monkeypatch) as calls:
         assert_right_on_kernels(model, x)
-        # The gradient of clamp_min(0) is not ReLU's where its input is NaN or 0: trained, it stays itself.
-        assert len(calls) == (0 if "clamp" in spelling else 1)
+        assert len(calls) == 1
         with torch.no_grad():
             assert_right_on_kernels(model, x, lambda m, x: [m(x)])
-        assert len(calls) == (1 if "clamp" in spelling else 2)
+        assert len(calls) == 2
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("spelling", CLAMPS)
+def test_clamp_is_not_fused(spelling: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fuse(custom(CLAMPS[spelling])).to(device)
+    name = "clamp_min" if "clamp_min" in spelling else "clamp"
+    assert row(model, "fc")[3:] == ("Linear only", f"its output goes to {name}")
+    x = torch.randn(4, 5, device=device)
+    with spied(monkeypatch) as calls:
+        assert_right_on_kernels(model, x)
+        with torch.no_grad():
+            assert_right_on_kernels(model, x, lambda m, x: [m(x)])
+    assert calls == []
 
 
 def gradient_at_the_edge(model: tnn.Module, device: torch.device) -> torch.Tensor:
@@ -296,9 +310,10 @@ def gradient_at_the_edge(model: tnn.Module, device: torch.device) -> torch.Tenso
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("spelling", SPELLINGS | CLAMPS)
 def test_the_gradient_at_the_edge(spelling: str, device: torch.device) -> None:
-    plain, fused = custom(SPELLINGS[spelling]), fuse(custom(SPELLINGS[spelling]))
+    code = (SPELLINGS | CLAMPS)[spelling]
+    plain, fused = custom(code), fuse(custom(code))
     assert torch.equal(gradient_at_the_edge(fused, device), gradient_at_the_edge(plain, device))
 
 
@@ -402,7 +417,7 @@ def test_relu_modules_that_are_none() -> None:
     for act, reason in (
         (tnn.ReLU(True), "ReLU works in place"),
         (odd, "its output goes to Odd"),
-        (hooked, "of its ReLU, it has hooks"),
+        (hooked, "its ReLU has hooks"),
         (tnn.ReLU6(), "its output goes to ReLU6"),
     ):
         model = custom(lambda m, x: m.act(m.fc(x)))
@@ -474,7 +489,7 @@ def test_patched_forwards_and_modules_are_not_read() -> None:
     model = Net()
     model.fc1.forward = lambda x: x.new_ones(2, 6)  # type: ignore[method-assign]
     fuse(model)
-    assert row(model, "fc1").reason == "its forward is patched"
+    assert row(model, "fc1").reason == "it has a patched forward"
     assert torch.equal(model(torch.ones(2, 5)), model.tail(torch.ones(2, 6)))
 
 
@@ -629,7 +644,7 @@ def test_built_layers_that_torch_has_not() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.LinearReLU(2, 2), nn.Sequential(nn.LinearReLU(2, 2)))
     parametrizations.weight_norm(model[1])
     before = state(model)
-    with pytest.raises(TypeError, match=r"there should be Linear and ReLU: 1, 2\.0$"):
+    with pytest.raises(TypeError, match=r"use Linear and ReLU in place of: 1, 2\.0$"):
         unfuse(model, built=True)
     assert state(model) == before
     assert unfuse(model) is model
@@ -639,9 +654,10 @@ def test_lazy_layers_before_and_after_their_first_call() -> None:
     plain = Net()
     plain.fc1 = tnn.LazyLinear(6)
     model = fuse(copy.deepcopy(plain))
-    assert row(model, "fc1")[1:4] == (0, 6, "pair in forward of Net")
+    lazy = "it is lazy: call fuse again after the first call"
+    assert row(model, "fc1")[1:] == (0, 6, "Linear only", lazy)
     assert repr(model) == repr(plain)
-    assert isinstance(model.fc1, nn.LazyLinear)
+    assert type(model.fc1) is nn.LazyLinear
     never = copy.deepcopy(model)
     assert type(unfuse(never).fc1) is tnn.LazyLinear
     x = torch.randn(3, 5)
@@ -650,6 +666,8 @@ def test_lazy_layers_before_and_after_their_first_call() -> None:
         one(x)
     assert row(model, "fc1")[1:4] == (5, 6, "pair in forward of Net")
     assert_same_bits(run(model, x), run(plain, x))
+    assert type(model.fc1) is nn.Linear
+    assert_same_bits(run(fuse(model), x), run(plain, x))
     assert [type(m) for m in model.modules()] == [type(m) for m in fuse(copy.deepcopy(plain)).modules()]
     assert [type(m) for m in unfuse(model).modules()] == [type(m) for m in plain.modules()]
 
@@ -658,7 +676,7 @@ def test_nothing_changes_if_anything_fails(monkeypatch: pytest.MonkeyPatch) -> N
     model = Net()
     before = state(model)
 
-    set_class = fuse_model._set
+    set_class = module_classes._set
     for fails_at in range(4):
         left = [fails_at]
 
@@ -669,7 +687,7 @@ def test_nothing_changes_if_anything_fails(monkeypatch: pytest.MonkeyPatch) -> N
                 raise ValueError("not me")
 
         with monkeypatch.context() as patch:
-            patch.setattr(fuse_model, "_set", fail)
+            patch.setattr(module_classes, "_set", fail)
             with pytest.raises(ValueError, match="not me"):
                 fuse(model)
         assert state(model) == before
@@ -861,7 +879,7 @@ def test_the_report_as_data_and_as_a_table(capsys: pytest.CaptureFixture[str]) -
     assert text.splitlines()[0] == "12 of 36 Linears fused with ReLU, 0 Sequentials fused"
     assert "  layers.*.linear1  8 -> 16  x 12" in text.splitlines()
     unfuse(model, verbose=True)
-    assert capsys.readouterr().out == "24 Linears and 0 Sequentials given back the class they had\n"
+    assert capsys.readouterr().out == "24 Linears and 0 Sequentials given back their former class\n"
     long = Row(("a" * 100 + ".3",), 10**6, 10**6, "Linear only", "word " * 40)
     lines = str(Report((long, long._replace(names=("b", "c"))), 1)).splitlines()
     assert max(map(len, lines)) == 80
@@ -912,6 +930,12 @@ DEVIATIONS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "a detached one": lambda m, z: z.detach() + z,
     "checkpoint": checkpointed,
     "a weak reference": lambda m, z: (m.notes.append(torch.utils.weak.WeakTensorKeyDictionary({z: 1})), z)[1],
+    "a weak reference and two hooks": lambda m, z: [
+        m.notes.append(torch.utils.weak.WeakTensorKeyDictionary({z: 1})),
+        z.register_hook(lambda g: 2 * g),
+        z.register_hook(lambda g: 3 * g),
+        z,
+    ][3],
     "its values first": lambda m, z: z * z.mean().item(),
     "vmap": lambda m, z: torch.vmap(torch.sin)(z),
     "kept": lambda m, z: (m.notes.append(z), z)[1],
@@ -933,6 +957,23 @@ def test_flags_flipped_after_fuse(
     with spied(monkeypatch) as calls:
         assert_right_on_kernels(model, torch.randn(4, 5, device=device))
     assert calls == [1]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("deviation", ["dropout", "in place", "length", "its values first"])
+def test_an_output_without_relu_keeps_nothing_alive(deviation: str, device: torch.device) -> None:
+    model = fuse(custom(flagged, flag=None, rectify=True).to(device))
+    model.flag, model.rectify = DEVIATIONS[deviation], False  # type: ignore[assignment]
+    x = torch.randn(4, 5, device=device)
+    memory = weakref.ref(x)
+    gc.disable()
+    try:
+        with fusedmlp.backend("triton"):
+            model(x).sum().backward()
+        del x
+        assert memory() is None
+    finally:
+        gc.enable()
 
 
 def after_relu(m: Any, x: torch.Tensor) -> Any:

@@ -100,11 +100,11 @@ def no_onednn() -> Iterator[None]:
 
 SPECIAL: dict[str, tuple[Callable[[list[torch.Tensor]], object], Callable[[], Any]]] = {
     "backend('torch')": (lambda t: t, lambda: fusedmlp.backend("torch")),
-    "autocast": (lambda t: t, lambda: torch.autocast("cpu", torch.bfloat16)),
+    "Autocast": (lambda t: t, lambda: torch.autocast("cpu", torch.bfloat16)),
     "torch.backends": (lambda t: t, no_onednn),
-    "a mode": (lambda t: t, lambda: FlopCounterMode(display=False)),
-    "a mode or": (lambda t: t, forward_ad.dual_level),
-    "grad mode": (lambda t: t, torch.enable_grad),
+    "A mode": (lambda t: t, lambda: FlopCounterMode(display=False)),
+    "A mode or": (lambda t: t, forward_ad.dual_level),
+    "Grad mode": (lambda t: t, torch.enable_grad),
     "too little": (lambda t: [t[0][:7], *t[1:]], contextlib.nullcontext),
     "sums of more than 1024": (lambda t: layer(64, 1025), contextlib.nullcontext),
     "not contiguous": (lambda t: [t[0], t[1].t().contiguous().t(), t[2]], contextlib.nullcontext),

@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmlp
-from fusedmlp import functional
 from fusedmlp.dispatch import predicate
 from fusedmlp.functional import linear_relu, mlp, why_not_fused, why_not_fused_mlp
 
@@ -46,9 +45,9 @@ def tensors(device: Any = DEVICE, dtype: torch.dtype = torch.float32) -> tuple[t
 
 def test_on_a_cpu_the_reason_is_the_cpu() -> None:
     reason = why_not_fused(*tensors("cpu"))
-    assert reason == "x is on the cpu, and the kernels run on CUDA devices"
+    assert reason == "The input is on the CPU; the fused kernels need a CUDA GPU."
     with fusedmlp.backend("torch"):
-        assert why_not_fused(*tensors()) == "backend('torch') is in force"
+        assert why_not_fused(*tensors()) == "The caller chose backend('torch')."
 
 
 def test_backend_is_restored_nested_and_per_thread() -> None:
@@ -56,13 +55,13 @@ def test_backend_is_restored_nested_and_per_thread() -> None:
     with fusedmlp.backend("torch"):
         with pytest.raises(KeyError), fusedmlp.backend("auto"):
             raise KeyError
-        assert "in force" in str(why_not_fused(*tensors()))
+        assert "The caller chose" in str(why_not_fused(*tensors()))
         with fusedmlp.backend("auto"):
-            assert "in force" not in str(why_not_fused(*tensors()))
+            assert "The caller chose" not in str(why_not_fused(*tensors()))
         thread = threading.Thread(target=lambda: reasons.append(why_not_fused(*tensors())))
         thread.start()
         thread.join()
-    assert "in force" not in reasons[0]
+    assert "The caller chose" not in reasons[0]
 
 
 @fusedmlp.backend("torch")
@@ -71,7 +70,7 @@ def decorated() -> str | None:
 
 
 def test_backend_decorates() -> None:
-    assert decorated() == "backend('torch') is in force"
+    assert decorated() == "The caller chose backend('torch')."
 
 
 def forward_mode() -> AbstractContextManager[Any]:
@@ -97,13 +96,13 @@ SPECIAL: dict[str, tuple[Callable[[], tuple[Any, ...]], Callable[[], AbstractCon
         ),
         nullcontext,
     ),
-    "shapes do not fit: x": (lambda: (torch.randn(3, 5, device=DEVICE), *tensors()[1:]), nullcontext),
+    "shapes do not fit: input": (lambda: (torch.randn(3, 5, device=DEVICE), *tensors()[1:]), nullcontext),
     "shapes do not fit: bias": (lambda: (*tensors()[:2], torch.randn(7, device=DEVICE)), nullcontext),
-    "weight is torch.float64, x": (
+    "weight is torch.float64, and the input": (
         lambda: (tensors()[0], tensors()[1].double(), tensors()[2]),  # which autocast leaves as it is
         lambda: torch.autocast(DEVICE, torch.float16),
     ),
-    "forward-mode": (tensors, forward_mode),
+    "Forward-mode": (tensors, forward_mode),
     "TorchDispatchMode": (tensors, TorchDispatchMode),
     "TorchFunctionMode": (tensors, Watching),
     "FakeTensor": (lambda: tuple(map(FakeTensorMode().from_tensor, tensors())), nullcontext),
@@ -190,14 +189,14 @@ def test_where_little_is_computed_no_more_than_that_is_asked(monkeypatch: pytest
     x, weight, bias = tensors("meta")
     model = fusedmlp.nn.MLP(4, [5, 3], 2, device="meta")
     with monkeypatch.context() as patched:
-        patched.setattr(functional, "why_not_fused_mlp", None)  # so that it cannot be called
+        patched.setattr(predicate, "why_not_fused_mlp", None)  # so that it cannot be called
         for layer in (x, x[0], x[None]):
             assert linear_relu(layer, weight, bias).shape == (*layer.shape[:-1], 2)
             assert model(layer).shape == (*layer.shape[:-1], 2)
     # Who forces or listens gets the reason in words.
-    with pytest.raises(RuntimeError, match="x is on the meta"), fusedmlp.backend("triton"):
+    with pytest.raises(RuntimeError, match="The input is on the meta device"), fusedmlp.backend("triton"):
         linear_relu(x, weight, bias)
-    assert "x is on the meta" in str(fusedmlp.explain(model, x))
+    assert "The input is on the meta device" in str(fusedmlp.explain(model, x))
     # And mistakes are PyTorch's to refuse.
     for wrong in ((x[0, 0], weight), (x, weight.t()), (x, None), (x, 3), (None, weight)):
         for function in (
@@ -237,4 +236,4 @@ def test_asking_for_kernels_where_there_are_none_says_why() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1
-    assert "RuntimeError: backend('triton') is in force, but x is on the cpu" in run.stderr
+    assert "RuntimeError: backend('triton') cannot run here. The input is on the CPU" in run.stderr

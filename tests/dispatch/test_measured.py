@@ -180,9 +180,9 @@ def test_the_measured_tile_is_used(install: Install, device: torch.device) -> No
     assert found[0] == half["b"]
     options = grad_weight._plan(M, ((N, K),), (), 0, setting, None).options
     assert (options["BLOCK_N"], options["BLOCK_K"], options["BLOCK_M"]) == (128, 128, 64)
-    # Not of irregular operands, which it was not compiled for, nor of other sizes.
-    for sizes, regular in (((M, N, K), False), ((M, N, 2 * K), True), ((4 * M, N, K), True)):
-        assert setting.measured("forward", *sizes, regular, None) == (None, False)
+    # Not of unaligned operands, which it was not compiled for, nor of other sizes.
+    for sizes, aligned in (((M, N, K), False), ((M, N, 2 * K), True), ((4 * M, N, K), True)):
+        assert setting.measured("forward", *sizes, aligned, None) == (None, False)
 
 
 def stretches(
@@ -198,14 +198,14 @@ def test_a_measured_stretch_goes_where_it_was_faster(us: float, worth: bool, ins
     model, x = chain(torch.device("cpu"))
     weights, biases = [m.weight for m in model[::2]], [m.bias for m in model[::2]]  # type: ignore[index]
     reason = predicate._why_not_worth_it(x, weights, biases, False, False)
-    figures = f"measured as a whole for training, {us} us against PyTorch's 100, on a test's device, today"
+    figures = f"Measured as a whole for training: {us} us against PyTorch's 100, on a test's device, today."
     if worth:
         assert reason is None
         assert predicate._why_fused(x, weights, biases, False) == figures
         install({}, stretches(us, in_one=True))
         assert "as a whole in one launch for training" in predicate._why_fused(x, weights, biases, False)
     else:
-        assert reason == f"the kernels are not faster: {figures}"
+        assert reason == f"The kernels are not faster. {figures}"
     # Where something was measured, it is looked up.
     assert not predicate.surely_too_little(x, weights)
     # Another mode, another ending, and what a compiler will fuse were not measured: the rule decides.

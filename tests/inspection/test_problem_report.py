@@ -38,7 +38,7 @@ def test_a_report_has_what_a_maintainer_asks_for(tmp_path: pathlib.Path) -> None
     for wanted in (f"torch {torch.__version__.split('+')[0]}", "Python 3", "CUDA", "Linux", "exit status 0"):
         assert wanted in text
     assert ("nvidia-smi does not run" in text) or ("driver_version" in text)
-    assert "And trained by TrainStep?\n\nright: the losses of 6 steps" in said
+    assert "Does TrainStep train it accurately?\n\nright: the losses of 6 steps" in said
     if predicate.has_triton() and not torch.cuda.is_available():
         assert "TRITON_INTERPRET=1" in text  # as conftest has set it
     assert run.stdout.endswith(f"is in {file}.\nRead it before you send it: it names folders of yours.\n")
@@ -68,7 +68,7 @@ def test_what_fails_is_in_the_report(tmp_path: pathlib.Path) -> None:
         assert "RuntimeError: the kernel is broken" in text
         assert "in broken" in text
         assert "a kernel is slow today" in text
-        assert "2 layers in 1 stretch" in text
+        assert "2 layers in 1 chain" in text
     assert file.read_text().endswith("exit status 1\n")
     run = subprocess.run(command, capture_output=True, text=True)  # which raises it
     assert run.stderr.endswith("RuntimeError: the kernel is broken\n")

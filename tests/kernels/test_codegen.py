@@ -1,5 +1,7 @@
 """Cross-compile gate: the machine code of every kernel, with every tile that ships, for three chips.
 
+By default one build of each kernel for one chip; ``pytest -m slow`` compiles the rest.
+
 Triton checks none of this, and each is a cliff: a product off the tensor cores, registers spilled to memory,
 wgmma instructions that ptxas serialised (its notes C7510 to C7516), a body replaced by a trap.
 """
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 from available import HAS_TRITON
-from machine_code import SHARED_MEMORY, SMALLEST_SHARED_MEMORY, too_much
+from machine_code import SMALLEST_SHARED_MEMORY, too_much
 
 ROOT = pathlib.Path(__file__).parents[2]
 TENSOR_CORE = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "UTCQMMA")}
@@ -27,6 +29,11 @@ KERNELS = [
     "narrow_backward",
 ]
 STEPS = ["step_rows", "step_weights", "steps"]  # tiles too small for wgmma and tcgen05: mma on every chip
+
+EVERY = [
+    *itertools.product(KERNELS + STEPS, (80, 90, 100)),
+    *itertools.product(["overlapping_step"], (90, 100)),
+]
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: no kernels to compile")
 
@@ -42,9 +49,8 @@ def problems(build: dict[str, Any], arch: int) -> list[str]:
     wanted = ("FFMA", "FFMA2") if build["kind"] == "ieee" else TENSOR_CORE[80 if few else arch]
     if build["kind"] and not any(multiply.get(name) for name in wanted):
         found.append(f"none of {wanted} in {sorted(multiply)}")
-    # Nothing that a call takes chooses tiles by chip: what is no descriptor form must fit on each.
-    descriptors = build["name"].startswith("descriptors")
-    found += too_much(build, SHARED_MEMORY[arch] if descriptors else SMALLEST_SHARED_MEMORY)
+    # Tiles are not chosen by chip, so each must fit on every chip.
+    found += too_much(build, SMALLEST_SHARED_MEMORY)
     # The launcher counts on the table for how many programs fit; the odd bytes are barriers.
     if build["table_says"] is not None and build["shared_memory"] > build["table_says"] + 1024:
         found.append(f"{build['shared_memory']} bytes of shared memory, {build['table_says']} in the table")
@@ -57,8 +63,8 @@ def problems(build: dict[str, Any], arch: int) -> list[str]:
 @pytest.mark.parametrize(
     ("kernel", "arch"),
     [
-        *itertools.product(KERNELS + STEPS, (80, 90, 100)),
-        *itertools.product(["grad_input_descriptor", "overlapping_step"], (90, 100)),
+        ("one of each", 90),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in EVERY),
     ],
 )
 def test_machine_code(kernel: str, arch: int) -> None:

@@ -55,19 +55,26 @@ def launch(launcher: str, *arguments: Any, **options: Any) -> Any:
     sums: Any = []
     if launcher == "linear_forward":
         x, weight, bias, _ = arguments
-        regular = launch.is_regular(x) and launch.is_regular(weight) and launch.is_aligned(len(weight))
-        regular = regular and (bias is None or bias.stride(0) == 1)
-        return forward.linear_forward(*arguments, regular, setting)
+        aligned = (
+            launch.is_aligned_tensor(x)
+            and launch.is_aligned_tensor(weight)
+            and launch.is_aligned(len(weight))
+        )
+        aligned = aligned and (bias is None or bias.stride(0) == 1)
+        return forward.linear_forward(*arguments, aligned, setting)
     if launcher == "relu_backward":
         result: Any = relu_backward.relu_backward(*arguments, setting, sums)
     elif launcher == "grad_input":
-        regular = all(launch.is_regular(t) for t in arguments[:3] if t is not None)
-        result = grad_input.grad_input(*arguments, regular, setting, sums, **options)
+        aligned = all(launch.is_aligned_tensor(t) for t in arguments[:3] if t is not None)
+        result = grad_input.grad_input(*arguments, aligned, setting, sums, **options)
     else:
         pairs, bias_left = arguments
         layers = [
             grad_weight.Layer(
-                z, x, launch.is_regular(z) and launch.is_regular(x), x.new_empty(z.shape[1], x.shape[1])
+                z,
+                x,
+                launch.is_aligned_tensor(z) and launch.is_aligned_tensor(x),
+                x.new_empty(z.shape[1], x.shape[1]),
             )
             for z, x in pairs
         ]
@@ -123,6 +130,7 @@ def check(launcher: str, *arguments: Any, **options: Any) -> None:
         assert_right(our, its, right, f"{launcher}[{i}] {dtype}", **bounds(dtype))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
 def test_linear_forward(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, chip: None) -> None:
@@ -132,6 +140,7 @@ def test_linear_forward(M: int, N: int, K: int, dtype: torch.dtype, device: torc
             check("linear_forward", x, weight, b, relu)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
 def test_backward(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, chip: None) -> None:
@@ -146,12 +155,13 @@ def test_backward(M: int, N: int, K: int, dtype: torch.dtype, device: torch.devi
     check("grad_weights", [(grad, x)], grad)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("M", [0, 1, 130, 700])
 @pytest.mark.parametrize(
     "widths",
     [(32, 16, 48), (7, 5, 1, 10), (48, 10), (784, 16, 10), (3, 0, 4), tuple(range(1, 20)), (16,) * 18],
-    ids=["regular", "irregular", "one", "both kinds", "an empty one", "many", "many regular"],
+    ids=["aligned", "unaligned", "one", "both kinds", "an empty one", "many", "many aligned"],
 )
 def test_grouped_weight_gradients(
     widths: tuple[int, ...], M: int, dtype: torch.dtype, device: torch.device, chip: None
@@ -164,6 +174,7 @@ def test_grouped_weight_gradients(
     check("grad_weights", layers, layers[-1][0])
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("counts", [(0, 1, 2), (2, 33, 1), (2, 1, 600)])
 def test_adding_up(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -181,22 +192,7 @@ def test_adding_up(counts: tuple[int, ...], dtype: torch.dtype, device: torch.de
         assert_right(out, parts.sum(0).to(dtype), parts.double().sum(0), str(tuple(parts.shape)), floor=floor)
 
 
-@pytest.mark.parametrize("M", [5, 150])
-@pytest.mark.parametrize("which", [0, 1])
-def test_masked_input_gradient_with_descriptors(which: int, M: int, device: torch.device) -> None:
-    """The form that no call takes yet."""
-    from fusedmlp.kernels.tiles import DESCRIPTOR_TILES
-
-    if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("tensor descriptors need compute capability 9.0")
-    grad, weight, y = (
-        torch.randn(s, device=device, dtype=torch.float16) for s in ((M, 80), (80, 272), (M, 272))
-    )
-    tile = DESCRIPTOR_TILES["half"][which]
-    for below, need_grad_bias in ((y, True), (y, False), (None, False)):
-        check("grad_input", grad, weight, below, need_grad_bias, tile=tile)
-
-
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "layout", ["surrounded", "transposed", "every third", "one number", "one column", "offset"]
@@ -280,7 +276,7 @@ def test_same_bits_every_time(dtype: torch.dtype, device: torch.device, chip: No
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("pitch", [2**21, 2**26], ids=["regular", "huge strides"])
+@pytest.mark.parametrize("pitch", [2**21, 2**26], ids=["aligned", "huge strides"])
 def test_offsets_past_31_bits(pitch: int, device: torch.device) -> None:
     """Rows so far apart that a 32-bit offset would wrap; only the pages with rows in them become memory."""
     rows = 2**31 // pitch + 6
@@ -308,27 +304,32 @@ def test_a_bias_of_huge_strides(device: torch.device) -> None:
     assert torch.equal(launch("linear_forward", x, weight, bias, True)[0], bias)
 
 
-@pytest.mark.parametrize(
-    ("setting", "kind"),
-    [
-        ("", "ieee"),
-        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
-        ("torch.set_float32_matmul_precision('high')", "tf32"),
-        ("torch.set_float32_matmul_precision('highest')", "ieee"),
-        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
-        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
-        (
-            "torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'",
-            "ieee",
-        ),
-    ],
-)
-def test_float32_arithmetic_follows_torchs_settings(setting: str, kind: str) -> None:
-    """In a process of its own: the settings are global, and their old and new forms do not mix."""
-    imports = "import torch; from fusedmlp.kernels.launch import arithmetic"
-    code = f"{imports}\n{setting}\nprint(arithmetic(torch.float32))"
+# What torch is told about float32 products -> the arithmetic of the kernels.
+SETTINGS = {
+    "": "ieee",
+    "torch.backends.cuda.matmul.allow_tf32 = True": "tf32",
+    "torch.set_float32_matmul_precision('high')": "tf32",
+    "torch.set_float32_matmul_precision('highest')": "ieee",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'": "ieee",
+}
+
+
+def test_float32_arithmetic_follows_torchs_settings() -> None:
+    """Each in a process of its own: the settings are global, and their old and new forms do not mix."""
+    code = (
+        "import os, torch\n"
+        "from fusedmlp.kernels.launch import arithmetic\n"
+        f"for setting in {list(SETTINGS)!r}:\n"
+        "    if os.fork() == 0:\n"
+        "        exec(setting)\n"
+        "        print(arithmetic(torch.float32), flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.wait()"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.stdout.strip() == kind, run.stderr
+    assert run.stdout.split() == list(SETTINGS.values()), run.stderr
 
 
 @pytest.mark.gpu
@@ -359,12 +360,12 @@ def test_tf32_follows_torchs_setting(device: torch.device) -> None:
     assert errors["tf32"] > 10 * errors["ieee"]
 
 
-def test_regular_is_what_the_large_tiles_were_compiled_for() -> None:
+def test_aligned_is_what_the_large_tiles_were_compiled_for() -> None:
     """Aligned for 16-byte copies as Triton sees it, and small enough for 32-bit offsets within a tile."""
-    from fusedmlp.kernels.launch import is_aligned, is_regular
+    from fusedmlp.kernels.launch import is_aligned, is_aligned_tensor
 
     x = torch.empty(8, 64, dtype=torch.float16)
-    assert is_regular(x)
+    assert is_aligned_tensor(x)
     for other in (
         x.t(),
         x[:, :24],
@@ -375,7 +376,7 @@ def test_regular_is_what_the_large_tiles_were_compiled_for() -> None:
         torch.empty(1, 2**22, dtype=torch.float16),
         torch.empty(2**22, dtype=torch.float16).expand(8, -1),
     ):
-        assert not is_regular(other)
+        assert not is_aligned_tensor(other)
     assert is_aligned(32)
     assert not is_aligned(10)
     assert not is_aligned(2**22)

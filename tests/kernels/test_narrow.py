@@ -19,7 +19,7 @@ from fusedmlp.kernels import launch, partial_sums
 from fusedmlp.kernels.narrow import backward as narrow_backward
 from fusedmlp.kernels.narrow import forward as narrow_forward
 from fusedmlp.kernels.narrow.forward import FEW_ROWS, IN_REGISTERS, THROUGH_CACHE, Form, select_form, wins
-from fusedmlp.kernels.tiles import IRREGULAR, ITEMSIZE
+from fusedmlp.kernels.tiles import ITEMSIZE, UNALIGNED
 from fusedmlp.kernels.tuning_table import Product, Table
 
 pytestmark = pytest.mark.kernels
@@ -136,6 +136,7 @@ WIDTHS = [
 ]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", KIND)
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("table", TABLES)
@@ -163,6 +164,7 @@ def test_width_256(table: str, device: torch.device) -> None:
         check_backward(arguments, torch.randn(70, 10, device=device).to(dtype), False, True, form)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("layout", ["surrounded", "transposed", "every third", "offset"])
 def test_strides(layout: str, table: str, device: torch.device) -> None:
@@ -234,6 +236,7 @@ def test_nan_and_infinity_follow_torch(table: str, device: torch.device) -> None
             torch.testing.assert_close(a, b, equal_nan=True)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_same_bits_every_time(dtype: torch.dtype, table: str, device: torch.device) -> None:
@@ -290,7 +293,7 @@ def test_which_form() -> None:
         mnist, wide = (784, 128, 10), (784, 256, 10)
         cached = THROUGH_CACHE.get(kind, FEW_ROWS[kind])
         in_registers = IN_REGISTERS if kind == "half" else cached
-        for M, widths, regular, forward, form in (
+        for M, widths, aligned, forward, form in (
             (16 * sms, mnist, True, True, FEW_ROWS[kind]),
             (16 * sms + 1, mnist, False, True, FEW_ROWS[kind]),
             (16 * sms + 1, mnist, True, True, in_registers),
@@ -298,7 +301,7 @@ def test_which_form() -> None:
             (16 * sms + 1, wide, True, True, FEW_ROWS[kind]),
             (16 * sms + 1, (16,) * 6, True, True, cached),
         ):
-            assert select_form(M, widths, kind, regular, forward, sms) == form
+            assert select_form(M, widths, kind, aligned, forward, sms) == form
         for M in (16, 65536):
             assert select_form(M, (16,) * 9, kind, True, True, sms) is not None
             for widths in ((16,) * 10, (784, 257, 10), (784, 0, 10), (0, 16, 10)):
@@ -336,7 +339,7 @@ def test_what_was_measured_layer_by_layer_goes_so(
     x, weights, biases = chain(device, 8, (16, 32, 16), torch.float32)
     before = launch.setting_of(x)
     assert narrow_forward.narrow_forward(x, weights, biases, False, 0, before) is not None
-    product = Product(IRREGULAR["ieee"], 1.0, 2.0)
+    product = Product(UNALIGNED["ieee"], 1.0, 2.0)
     table = Table({("forward", "ieee", 8, 16, 32): product})
     monkeypatch.setattr(launch, "table_of", lambda index: table)
     setting = launch.setting_of(x)

@@ -96,16 +96,18 @@ def in_torch(given: Training, batches: list[slice], dtype: torch.dtype, scale: f
     return given._replace(model=model, optimizer=optimizer), torch.stack(losses)
 
 
-def numbers_for(given: Training, steps: int) -> torch.Tensor:
-    from fusedmlp.kernels.train_step import step
+def coefficients_for(given: Training, steps: int) -> torch.Tensor:
+    from fusedmlp.kernels.train_step import optimizers
 
     group, rows = given.optimizer.param_groups[0], []
     for i in range(steps):
         if isinstance(given.optimizer, torch.optim.SGD):
-            one = step.sgd_numbers(group["lr"], group["momentum"], group["dampening"], group["weight_decay"])
+            one = optimizers.sgd_coefficients(
+                group["lr"], group["momentum"], group["dampening"], group["weight_decay"]
+            )
         else:
             decoupled = isinstance(given.optimizer, torch.optim.AdamW)
-            one = step.adam_numbers(
+            one = optimizers.adam_coefficients(
                 group["lr"], group["betas"], group["eps"], group["weight_decay"], decoupled, i + 2
             )
         rows.append([one] * len(group["params"]))
@@ -122,6 +124,7 @@ def on_kernels(
     record: list[torch.Tensor] | None = None,
 ) -> tuple[Training, torch.Tensor]:
     """The same steps by our launches, in a workspace full of NaN, on copies of model and optimizer."""
+    from fusedmlp.kernels.train_step import persistent as persistent_form
     from fusedmlp.kernels.train_step import step
 
     model = copy.deepcopy(given.model)
@@ -143,7 +146,7 @@ def on_kernels(
         return guard(tensor.fill_(float("nan")))
 
     workspace = made._replace(
-        copies=tuple(None if copy is None else poisoned(copy) for copy in made.copies),
+        low_precision=tuple(None if low is None else poisoned(low) for low in made.low_precision),
         hidden=tuple(map(poisoned, made.hidden)),
         grads=tuple(map(poisoned, made.grads)),
         partials=poisoned(made.partials),
@@ -151,47 +154,32 @@ def on_kernels(
     if record is not None:
         record.append(workspace.wrong)
     parameters = step.Parameters(
-        *(tuple(part) for part in (data[::2], data[1::2], workspace.copies)),
+        *(tuple(part) for part in (data[::2], data[1::2], workspace.low_precision)),
         *(tuple(part) for part in (firsts[::2], firsts[1::2], squares[::2], squares[1::2])),
     )
-    step.refresh_copies(parameters)
+    step.refresh_low_precision(parameters)
     network = step.Network(
         widths,
         "mse" if isinstance(given.loss_fn, torch.nn.MSELoss) else "cross_entropy",
         KINDS[type(optimizer).__name__],
         optimizer.param_groups[0].get("nesterov", False),
     )
-    numbers = numbers_for(given, len(batches))
+    coefficients = coefficients_for(given, len(batches))
     losses = guard(torch.full((len(batches),), float("nan"), device=given.x.device))
     index, x, target = given.order, given.x, given.target
     if index_dtype is None:
         index, x, target = None, x[given.order], target[given.order]
     else:
         index = index.to(index_dtype)
+    job = step.Job(x, index, target, parameters, network, coefficients, losses, workspace, scale)
     if persistent:
         first, last, batch = batches[0].start, batches[-1].stop, batches[0].stop - batches[0].start
-        step.train_steps(
-            x,
-            index,
-            first,
-            last - first,
-            batch,
-            target,
-            parameters,
-            network,
-            numbers,
-            losses,
-            workspace,
-            scale,
-        )
+        persistent_form.train_steps(job, first, last - first, batch)
     else:
         for i, batch in enumerate(batches):
-            rows = batch.stop - batch.start
-            step.train_step(
-                x, index, batch.start, rows, target, parameters, network, numbers, losses, i, workspace, scale
-            )
+            step.train_step(job, batch.start, batch.stop - batch.start, i)
     guard.check()
-    for weight, rounded in zip(data[::2], workspace.copies, strict=True):
+    for weight, rounded in zip(data[::2], workspace.low_precision, strict=True):
         if rounded is not None and not (dtype == torch.bfloat16 and not x.is_cuda):
             assert torch.equal(rounded, weight.to(dtype))  # the interpreter truncates to bfloat16
     return given._replace(model=model, optimizer=optimizer), losses
@@ -231,6 +219,7 @@ def persistent(request: pytest.FixtureRequest) -> Iterator[bool]:
     torch.backends.cuda.matmul.fp32_precision = before
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 def test_three_steps(loss: str, optimizer: str, persistent: bool, device: torch.device) -> None:
@@ -342,7 +331,7 @@ def test_logits_of_any_size(device: torch.device) -> None:
 
 
 def test_why_there_is_no_step() -> None:
-    from fusedmlp.kernels.train_step import step
+    from fusedmlp.kernels.train_step import persistent, step
 
     assert step.why_no_step((784, 256, 128, 10), 512, torch.float32) is None
     assert step.why_no_step((10**6, *[256] * 9), step.MOST_ROWS, torch.bfloat16) is None
@@ -356,10 +345,10 @@ def test_why_there_is_no_step() -> None:
         ((16, 3), 64, torch.float64, "float64"),
     ):
         assert word in (step.why_no_step(widths, rows, dtype) or "")
-    assert step.why_not_persistent((784, 256, 128, 10), torch.float16) is None
-    assert "IEEE" in (step.why_not_persistent((784, 256, 128, 10), torch.float32) or "")
-    assert "5 layers" in (step.why_not_persistent((16,) * 6, torch.float16) or "")
-    assert "multiple of 16" in (step.why_not_persistent((784, 100, 10), torch.float16) or "")
+    assert persistent.why_not_persistent((784, 256, 128, 10), torch.float16) is None
+    assert "IEEE" in (persistent.why_not_persistent((784, 256, 128, 10), torch.float32) or "")
+    assert "5 layers" in (persistent.why_not_persistent((16,) * 6, torch.float16) or "")
+    assert "multiple of 16" in (persistent.why_not_persistent((784, 100, 10), torch.float16) or "")
 
 
 @pytest.mark.gpu
@@ -376,15 +365,13 @@ def test_steps_in_a_graph(device: torch.device) -> None:
     )
     expected, right = in_torch(given, BATCHES * 2, torch.float32, 1.0)
     workspace = step.workspace_for((51, 40, 17, 7), 18, torch.float32, device)
-    network, numbers = step.Network((51, 40, 17, 7), "cross_entropy", "sgd"), numbers_for(given, 3)
+    network, coefficients = step.Network((51, 40, 17, 7), "cross_entropy", "sgd"), coefficients_for(given, 3)
     losses = torch.empty(3, device=device)
+    job = step.Job(given.x, given.order, given.target, parameters, network, coefficients, losses, workspace)
 
     def three_steps() -> None:
         for i, batch in enumerate(BATCHES):
-            step.train_step(
-                given.x, given.order, batch.start, batch.stop - batch.start, given.target,
-                parameters, network, numbers, losses, i, workspace,
-            )  # fmt: skip
+            step.train_step(job, batch.start, batch.stop - batch.start, i)
 
     three_steps()  # compiles
     before = losses.clone()

@@ -18,7 +18,7 @@ if not HAS_TRITON:
     pytest.skip("Triton is not installed: no kernels to choose", allow_module_level=True)
 
 from fusedmlp.kernels import tuning_table
-from fusedmlp.kernels.tiles import CANDIDATES, IRREGULAR, OPERATIONS, TILES, candidates
+from fusedmlp.kernels.tiles import TILES, UNALIGNED, candidates
 
 TILE = TILES["half"][0]
 HERE = tuning_table.where(None)
@@ -110,41 +110,41 @@ WRONG = {
     "empty": ("", "is not JSON"),
     "no JSON": ("tile = 128", "is not JSON"),
     "truncated": (json.dumps(content())[:-40], "is not JSON"),
-    "a list": ("[]", "is not a table of fusedmlp's"),
-    "no format": (json.dumps({"products": []}), "is not a table of fusedmlp's"),
+    "a list": ("[]", "is not a table written by fusedmlp"),
+    "no format": (json.dumps({"products": []}), "is not a table written by fusedmlp"),
     "future": (json.dumps(content(format=2)), "has format 2, and this version of fusedmlp reads 1"),
     "device": (
         json.dumps(content(device="NVIDIA H200")),
-        "is for device 'NVIDIA H200', and here is 'interpreter'",
+        "is for device 'NVIDIA H200', but this is 'interpreter'",
     ),
     "family": (json.dumps(content(family="sm_90")), "is for family 'sm_90'"),
-    "triton": (json.dumps(content(triton="2.1")), f"is for triton '2.1', and here is '{MINOR}'"),
+    "triton": (json.dumps(content(triton="2.1")), f"is for triton '2.1', but this is '{MINOR}'"),
     "no products": (
         json.dumps({k: v for k, v in content().items() if k != "products"}),
         "KeyError: 'products'",
     ),
     "no date": (json.dumps({k: v for k, v in content().items() if k != "date"}), "KeyError: 'date'"),
-    "a number": (json.dumps(content(products=[3])), "has an entry that is none"),
-    "short": (json.dumps(content(products=[["forward", "half", 1024]])), "has an entry that is none"),
+    "a number": (json.dumps(content(products=[3])), "has an invalid entry"),
+    "short": (json.dumps(content(products=[["forward", "half", 1024]])), "has an invalid entry"),
     "NaN": (
         json.dumps(content(products=[["forward", "half", 1024, 256, 128, list(TILE), float("nan"), 1.0]])),
-        "has an entry that is none",
+        "has an invalid entry",
     ),
     "negative": (
         json.dumps(content(stretches=[["training", "half", 1024, [128, 256], True, True, -1.0, 1.0]])),
-        "has an entry that is none",
+        "has an invalid entry",
     ),
     "text for a time": (
         json.dumps(content(stretches=[["training", "half", 1024, [128, 256], True, True, "1", 1.0]])),
-        "has an entry that is none",
+        "has an invalid entry",
     ),
     "no bucket": (
         json.dumps(content(stretches=[["training", "half", 1000, [128, 256], True, False, 1.0, 1.0]])),
-        "has an entry that is none",
+        "has an invalid entry",
     ),
     "operation": (
         json.dumps(content(products=[["backward", "half", 1024, 256, 128, list(TILE), 1.0, 1.0]])),
-        "has an entry that is none",
+        "has an invalid entry",
     ),
 }
 
@@ -164,7 +164,7 @@ def test_what_cannot_be_used_is_ignored_with_one_warning(
     said = str(warning.message)
     assert str(users_file) in said
     assert problem in said
-    assert "it is not used. Delete it, or measure anew with fusedmlp.tune" in said
+    assert "it is not used. Delete it, or measure again with fusedmlp.tune" in said
     assert users_file.read_text() == text
 
 
@@ -182,17 +182,19 @@ def test_bytes_that_are_no_text_and_a_folder(users_file: pathlib.Path) -> None:
 def test_entries_with_a_tile_that_does_not_ship_are_left_out(users_file: pathlib.Path) -> None:
     entries = [
         ["forward", "half", 1024, 256, 128, [1024, 1024, 64, 8, 3, False], 1.0, 2.0],  # compiled by nobody
-        ["forward", "half", 1024, 10, 128, list(TILE), 1.0, 2.0],  # irregular, and no tile for that
-        ["forward", "half", 1024, 10, 64, list(IRREGULAR["half"]), 1.0, 2.0],
+        ["forward", "half", 1024, 10, 128, list(TILE), 1.0, 2.0],  # unaligned, and no tile for that
+        ["forward", "half", 1024, 10, 64, list(UNALIGNED["half"]), 1.0, 2.0],
         ["forward", "half", 1024, 64, 64, list(TILE), 1.0, 2.0],
+        ["forward", "half", 1024, 64, 80, [*TILE, False], 1.0, 2.0],  # as files were once written
     ]
     users_file.write_text(json.dumps(content(products=entries)))
     with pytest.warns(
-        UserWarning, match="has 2 entries with tiles that this version of fusedmlp has not"
+        UserWarning, match="has 2 entries with tiles that this version of fusedmlp lacks"
     ) as caught:
         table = tuning_table.table_of(None)
     assert len(caught) == 1
-    assert sorted(key[3:] for key in table.products) == [(10, 64), (64, 64)]
+    assert sorted(key[3:] for key in table.products) == [(10, 64), (64, 64), (64, 80)]
+    assert table.product("forward", "half", 1024, 64, 80) == tuning_table.Product(TILE, 1.0, 2.0)
     assert len(table.stretches) == 1
 
 
@@ -260,25 +262,10 @@ def test_the_tables_that_ship_are_right() -> None:
         assert not strange
 
 
-@settings(deadline=None)
-@given(
-    st.sampled_from(OPERATIONS), st.sampled_from(list(TILES)), st.booleans(),
-    st.sampled_from([99, 163, 227]), st.booleans(),
-)  # fmt: skip
-def test_candidates_are_those_that_fit(
-    operation: str, kind: str, regular: bool, kilobytes: int, descriptors: bool
-) -> None:
-    found = candidates(operation, kind, regular, kilobytes * 1024, descriptors)
-    assert found
-    if not regular:
-        assert found == (IRREGULAR[kind],)
-        return
-    assert set(found) <= set(CANDIDATES[operation][kind])
-    assert set(TILES[kind]) <= set(found)  # what runs unmeasured can be measured on every chip
-    itemsize = 2 if kind == "half" else 4
-    for tile in CANDIDATES[operation][kind]:
-        fits = tile.shared_memory(itemsize) + 1024 <= kilobytes * 1024
-        assert (tile in found) == (fits and (descriptors or not tile.descriptors))
+@pytest.mark.parametrize("kind", TILES)
+def test_a_measurement_chooses_among_the_tiles_that_run_unmeasured(kind: str) -> None:
+    assert candidates(kind, aligned=True) == TILES[kind]
+    assert candidates(kind, aligned=False) == (UNALIGNED[kind],)
 
 
 @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])

@@ -354,11 +354,14 @@ def test_arguments_that_cannot_be(mistake: str, route: Route) -> None:
 STRICT: dict[str, tuple[Callable[[], Layer], str]] = {
     "float64": (lambda: (ones(2, 4).double(), ones(*W).double(), None), "float32, float16 and bfloat16"),
     "integers": (lambda: (ones(2, 4).long(), ones(*W).long(), None), r"not for torch\.int64"),
-    "meta": (lambda: (ones(2, 4, device="meta"), ones(*W, device="meta"), None), "x is on the meta"),
-    "sparse": (lambda: (ones(2, 4).to_sparse(), ones(*W), ones(*B)), "a tensor is sparse"),
+    "meta": (
+        lambda: (ones(2, 4, device="meta"), ones(*W, device="meta"), None),
+        "The input is on the meta device",
+    ),
+    "sparse": (lambda: (ones(2, 4).to_sparse(), ones(*W), ones(*B)), "A tensor is sparse"),
     "one bias for all": (lambda: (ones(2, 4), ones(*W), ones(1)), r"bias \(1,\), weight \(3, 4\)"),
     "bias for each row": (lambda: (ones(2, 4), ones(*W), ones(2, 3)), r"bias \(2, 3\), weight \(3, 4\)"),
-    "weight of rank 1": (lambda: (ones(2, 4), ones(4), None), r"x \(2, 4\), weight \(4,\)"),
+    "weight of rank 1": (lambda: (ones(2, 4), ones(4), None), r"input \(2, 4\), weight \(4,\)"),
 }
 
 
@@ -368,13 +371,13 @@ STRICT: dict[str, tuple[Callable[[], Layer], str]] = {
 def test_a_strict_backend_says_why_not_and_what_to_do(case: str, route: Route, device: torch.device) -> None:
     make, words = STRICT[case]
     layer = [t if t is None or t.is_meta else t.to(device) for t in make()]
-    hint = r"backend\('auto'\) leaves it to PyTorch's operators"
+    hint = r"backend\('auto'\) uses PyTorch's operators instead\."
     with fusedmlp.backend("triton"):
         for call in (functional.linear, functional.linear_relu):
             with (
                 nothing_changes(*[t for t in layer if t is not None and t.layout is torch.strided]),
                 pytest.raises(
-                    RuntimeError, match=rf"backend\('triton'\) is in force, but .*{words}.*; {hint}"
+                    RuntimeError, match=rf"backend\('triton'\) cannot run here\. .*{words}.*\. {hint}"
                 ),
             ):
                 call(*layer)

@@ -117,6 +117,7 @@ def compare(
     assert_all_right(mine, theirs, exact, names, again, factor=3)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("final_relu", [False, True])
 @pytest.mark.parametrize("need_x", [False, True])
 def test_every_combination_of_requires_grad(
@@ -143,6 +144,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("final_relu", [False, True])
 @pytest.mark.parametrize(("shape", "widths"), SHAPES)
 def test_every_shape(
@@ -463,20 +465,29 @@ def test_the_predicate_names_the_layer(device: torch.device) -> None:
     with fusedmlp.backend("triton"):
         assert why_not_fused_mlp(x, weights, biases) is None
         for reason, arguments in (
-            ("weights[1] is a Strange, not a plain torch.Tensor", ([weights[0], strange], biases)),
-            ("biases[1] is torch.float16, x torch.float32", (weights, [biases[0], x.new_ones(5).half()])),
             (
-                "the shapes do not fit: weights[0] (6, 7), weights[1] (5, 7)",
+                "The weight of layer 1 is a Strange, not a plain torch.Tensor.",
+                ([weights[0], strange], biases),
+            ),
+            (
+                "The bias of layer 1 is torch.float16, and the input torch.float32.",
+                (weights, [biases[0], x.new_ones(5).half()]),
+            ),
+            (
+                "The shapes do not fit: weight of layer 0 (6, 7), weight of layer 1 (5, 7).",
                 ([weights[0], x.new_ones(5, 7)], biases),
             ),
-            ("the shapes do not fit: biases[0] (5,), weights[0] (6, 7)", (weights, [x.new_ones(5), None])),
+            (
+                "The shapes do not fit: bias of layer 0 (5,), weight of layer 0 (6, 7).",
+                (weights, [x.new_ones(5), None]),
+            ),
         ):
             assert why_not_fused_mlp(x, *arguments) == reason
 
 
 def test_on_a_cpu_the_reason_is_the_cpu() -> None:
     reason = why_not_fused_mlp(*chain(torch.device("cpu"), (3, 7), 6, 5))
-    assert reason == "x is on the cpu, and the kernels run on CUDA devices"
+    assert reason == "The input is on the CPU; the fused kernels need a CUDA GPU."
 
 
 @pytest.mark.gpu
@@ -488,6 +499,6 @@ def test_the_rule_of_auto() -> None:
         return why_not_fused_mlp(x, weights, [None] * len(weights))
 
     assert reason(65536, 256, 256, 256, 10) is None
-    assert "0.12 GFLOP in 3 layers is too little" in str(reason(512, 256, 256, 256, 10))
+    assert "The work (0.12 GFLOP in 3 layers) is too little" in str(reason(512, 256, 256, 256, 10))
     assert "limited by arithmetic" in str(reason(8192, 4096, 4096, 4096))
     assert "IEEE" in str(reason(65536, 256, 256, 10, dtype=torch.float32))

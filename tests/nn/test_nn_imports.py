@@ -287,6 +287,7 @@ def user(size: _size_2_t, packed: PackedSequence) -> None:
 """
 
 
+@pytest.mark.slow
 def test_a_type_checker_sees_torchs_types(tmp_path: Path) -> None:
     """In mypy's cache of the checkout: with an empty one, reading torch takes it most of a minute."""
     pytest.importorskip("mypy", reason="mypy is not installed")

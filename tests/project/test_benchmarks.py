@@ -192,7 +192,7 @@ def test_losses_are_told_as_plainly_as_wins(tmp_path: pathlib.Path) -> None:
     found["cases"][0]["contestants"][-1] = timed("fusedmlp auto", 40, "fusedmlp")
     report.write(found, tmp_path)
     text = (tmp_path / "results.md").read_text()
-    assert "In no case beyond the noise." in text
+    assert "In no case by more than the noise." in text
     assert "| MLP forward+backward, float32 | auto | 2.00x | 2.00x | 2.00x | 0 | 0 | 1 |" in text
 
 
@@ -258,11 +258,11 @@ def test_comparison_tells_what_broke() -> None:
 DAMAGED = {
     "absent": (None, "there is no such file"),
     "truncated": (json.dumps(file_of(timed("eager", 1)))[:-100], "is not JSON"),
-    "no results": ('{"format": "none"}', "is no results.json"),
-    "a list": ("[]", "is no results.json"),
+    "no results": ('{"format": "none"}', "is not a results.json"),
+    "a list": ("[]", "is not a results.json"),
     "future": ('{"format": 99}', "has format 99, and this version reads 1"),
-    "no cases": ('{"format": 1}', "has an entry that is none (KeyError: 'cases')"),
-    "negative": (json.dumps(file_of(timed("eager", -1))), "has an entry that is none (AssertionError)"),
+    "no cases": ('{"format": 1}', "has an invalid entry (KeyError: 'cases')"),
+    "negative": (json.dumps(file_of(timed("eager", -1))), "has an invalid entry (AssertionError)"),
     "binary": (b"\x89PNG\xff", "cannot be read"),
 }
 
@@ -342,8 +342,8 @@ def test_the_tuned_table_is_ready_to_ship_and_to_go_on_with(tmp_path: pathlib.Pa
         )
         assert not strange
         assert len(table.products) == 9  # three operations of three layers
-    assert said[0].startswith("9 products and 8 stretches measured")
-    assert said[1].startswith("0 products and 0 stretches measured")
+    assert said[0].startswith("9 products and 8 chains measured")
+    assert said[1].startswith("0 products and 0 chains measured")
 
 
 def test_profile_of_a_step_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The examples do what they say, run as a user runs them."""
+"""The examples, run as a user runs them, do what their texts promise."""
 
 import importlib
 import itertools
@@ -17,13 +17,13 @@ from commands import ROOT, call
 import fusedmlp.nn
 
 EXAMPLES = ROOT / "examples"
-# One thread per process: several tests at once would otherwise wait for each other's threads.
+# One thread per process, because several tests run at the same time.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 SCRIPT = [sys.executable, str(EXAMPLES / "train_mnist.py")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT[1]]
 TWO_GOOD_EPOCHS = ["--epochs", "2", "--lr", "0.002"]
 NO_TRAINING = ["--epochs", "1", "--lr", "0", "--batch-size", "6000"]
-# Two runs of torch with different numbers of threads are no further apart, in the losses of two epochs.
+# The losses of two epochs differ by less between runs of torch with different numbers of threads.
 NEARLY_EQUAL = 0.1
 
 
@@ -55,7 +55,7 @@ def test_first_network_gives_the_same_numbers(first_network):
 
 def test_first_network_learns(first_network):
     numbers = first_network.main(fusedmlp.nn)
-    # With an absolute loss the steps do not shrink: it stops within a few of them (0.05 each) of the line.
+    # With an absolute loss the steps do not shrink: it ends within a few steps (0.05 each) of the line.
     assert numbers["weight"].item() == pytest.approx(10, abs=0.15)
     assert numbers["bias"].item() == pytest.approx(5, abs=0.15)
     widths = [4, 256, 128, 128, 1]
@@ -89,7 +89,7 @@ def data_dir(needed, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(data_dir, tmp_path_factory):
-    """Both implementations, trained once for the tests that only look at the outcome."""
+    """Both implementations, trained once for all tests that only look at the result."""
     folder = tmp_path_factory.mktemp("trained")
     outputs = ["--save", folder / "mnist.pt", "--plot", folder / "mnist.png"]
     result = run(SCRIPT, "--data-dir", data_dir, "--device", "cpu", *TWO_GOOD_EPOCHS, *outputs)
@@ -140,7 +140,7 @@ def test_with_the_layers_alone_loss_curves_coincide(data_dir):
 
 
 def digits():
-    """What a network learns in a few steps."""
+    """Images and labels that a network learns in a few steps."""
     labels = torch.arange(1010) % 10
     noise = torch.randn(1010, 784, generator=torch.Generator().manual_seed(0))
     return noise + 20 * torch.nn.functional.one_hot(labels, 784), labels
@@ -157,7 +157,7 @@ def test_trainers_agree_and_learn(needed, dtype, optimizer):
     trainers += [trainer.Trainer(fusedmlp.nn, args, mode) for mode in modes[1:]]
     for one in [*trainers, *reversed(trainers)]:
         one.train_epoch(*digits(), trainer.tqdm(disable=True))
-        # An update is often less than half a step of bfloat16: what is trained stays float32.
+        # Parameters stay float32, because an update is often less than half a step of bfloat16.
         assert {parameter.dtype for parameter in one.network.parameters()} == {torch.float32}
     plain, fused, *others = (one.losses for one in trainers)
     assert plain == fused
@@ -207,7 +207,11 @@ def test_race_says_if_the_goal_was_missed_and_log_keeps_its_configuration(data_d
     ladder = example("ladder")
     options = [*SMALL, "--race", "--seeds", "2", "--data-dir", str(data_dir)]
     args = example("train_mnist_options").parse_arguments(None, options)
-    assert (args.optimizer, args.lr, args.epochs) == ("sgd", 0.3, 1)  # its own defaults, and what was asked
+    assert (args.optimizer, args.lr, args.epochs) == (
+        "sgd",
+        0.3,
+        1,
+    )  # its own defaults, given epochs
     with pytest.raises(SystemExit, match="below the goal of 98%"):
         ladder.race(args, some_digits(data_dir))
     text = capsys.readouterr().out
@@ -221,7 +225,7 @@ def test_race_says_if_the_goal_was_missed_and_log_keeps_its_configuration(data_d
 
 
 def interrupt_after(count, kept):
-    """What an example is told to keep its rows with: it is interrupted when there are so many."""
+    """A function that an example calls to save its rows, which interrupts it once there are `count`."""
 
     def keep(rows):
         kept[:] = [dict(row) for row in rows]
@@ -280,7 +284,7 @@ def test_killed_run_leaves_the_last_whole_checkpoint(data_dir, tmp_path):
             break
         assert process.poll() is None
         time.sleep(0.1)
-    time.sleep(0.5)  # anywhere in an epoch, or while it writes
+    time.sleep(0.5)  # to kill it anywhere in an epoch, or while it writes
     process.kill()
     process.wait(timeout=60)
     assert torch.load(checkpoint, weights_only=True)["0.weight"].isfinite().all()
@@ -291,13 +295,13 @@ def test_plot(trained):
     height, width, _ = image.shape
     assert min(height, width) > 500
     red, green = image[..., 0], image[..., 1]
-    # Digits read wrongly are marked in red, below those on the right half that come first.
+    # Digits that were read wrongly are marked in red, at the bottom right.
     marked = (red > 0.8) & (green < 0.2)
     assert marked[height // 2 :, width // 2 :].sum() > 1000
 
 
 def test_checkpoint_interchanges(trained, data_dir):
-    # fusedmlp wrote the checkpoint and torch reads it. With a learning rate of 0 that is what gets tested.
+    # fusedmlp wrote the checkpoint and torch reads it. With a learning rate of 0 it is tested unchanged.
     load = ["--impl", "torch", "--load", trained[0] / "mnist.pt"]
     main = example("train_mnist").main
     result = call(main, "--data-dir", data_dir, "--device", "cpu", *load, *NO_TRAINING)
@@ -321,7 +325,7 @@ def test_ctrl_c(data_dir, tmp_path):
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        # A shell that runs the tests in the background makes them, and so this, ignore SIGINT.
+        # A shell that runs the tests in the background makes them and their children ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     seen = b""
@@ -338,16 +342,14 @@ def test_ctrl_c(data_dir, tmp_path):
     assert torch.load(checkpoint, weights_only=True)["0.weight"].shape == (256, 784)
 
 
-def test_torchrun_reports_once(data_dir):
+@pytest.mark.slow
+def test_torchrun_trains(data_dir):
     result = run(TORCHRUN, "--data-dir", data_dir, "--device", "cpu", "--impl", "fusedmlp", *TWO_GOOD_EPOCHS)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("2 processes, each on CPU")
-    assert result.stdout.count("test accuracy") == 1
-    assert list(rows(result.stdout)) == ["fusedmlp"]
 
 
-def test_torchrun_takes_the_same_steps_as_one_process(data_dir, tmp_path):
-    # Two steps: the processes' shares of the first differ in length, and of the second one gets none.
+def test_torchrun_takes_the_same_steps_as_one_process_and_reports_once(data_dir, tmp_path):
+    # Two steps: in the first the two shares differ in length, in the second one process has no rows.
     options = ["--data-dir", data_dir, "--device", "cpu", "--impl", "fusedmlp", "--batch-size", "59999"]
     options += ["--optimizer", "sgd", "--epochs", "1", "--save"]
     alone = call(example("train_mnist").main, *options, tmp_path / "alone.pt")
@@ -355,6 +357,9 @@ def test_torchrun_takes_the_same_steps_as_one_process(data_dir, tmp_path):
     for result in (alone, together):
         assert result.returncode == 1, result.stderr
         assert result.stderr.count("is below the bar of 97%") == 1
+    assert together.stdout.startswith("2 processes, each on CPU")
+    assert together.stdout.count("test accuracy") == 1
+    assert list(rows(together.stdout)) == ["fusedmlp"]
     expected, actual = (
         torch.load(tmp_path / name, weights_only=True) for name in ("alone.pt", "together.pt")
     )
@@ -392,7 +397,7 @@ def test_bad_checkpoint_is_refused(data_dir, tmp_path, content):
         (["--hidden", "256", "-1"], "-1"),
         (["--threads", "0"], "0 is not a positive integer"),
         (["--mode", "step", "--dtype", "float16"], "float16 needs --mode module"),
-        (["--ladder", "--race"], "--ladder and --race are two things"),
+        (["--ladder", "--race"], "--ladder and --race exclude each other"),
         (["--log", "x.json"], "--log is for --ladder and --race"),
         (["--lr", "nan"], "nan is not a finite number"),
         (["--lr", "fast"], "fast is not a finite number"),

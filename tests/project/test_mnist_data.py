@@ -29,7 +29,7 @@ def data_dir(mnist_data, tmp_path_factory):
 
 
 def raw_files(data_dir: Path) -> dict[str, int]:
-    # Not the modification time, which the archive itself sets.
+    # The time of change, because the archive sets the modification time.
     return {file.name: file.stat().st_ctime_ns for file in (data_dir / "MNIST" / "raw").iterdir()}
 
 
@@ -48,13 +48,13 @@ def test_tensors_are_the_whole_of_mnist(mnist_data, data_dir):
         counts = labels.bincount()
         assert len(counts) == 10
         assert counts.sum() == length
-        # Known of MNIST: the digits are nearly, but not exactly, equally frequent.
+        # In MNIST the digits are nearly, but not exactly, equally frequent.
         assert counts.min() > 0.08 * length
         assert counts.max() < 0.12 * length
 
 
 def test_images_and_labels_belong_together(mnist_data, data_dir):
-    # Whatever the network learns presumes this; the nearest mean image finds it out without any network.
+    # The nearest mean image recognises most digits, without any network.
     data = mnist_data.load_mnist(data_dir)
     means = torch.stack([data.train_images[data.train_labels == digit].mean(0) for digit in range(10)])
     nearest = torch.cdist(data.test_images, means).argmin(1)

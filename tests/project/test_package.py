@@ -1,4 +1,4 @@
-"""The package as one installs and imports it."""
+"""Installing and importing the package, its wheel, and which rooms may import which."""
 
 import ast
 import graphlib
@@ -78,7 +78,7 @@ def test_the_folder_kernels_found_by_that_name_is_empty_and_says_what_it_is() ->
 
 
 def test_transformers_works_in_the_checkout() -> None:
-    """It looks for a distribution named kernels, and imports what it finds for its version."""
+    """transformers looks for a package named kernels, and imports the one it finds to read its version."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     code = (
         "import sys, torch\n"
@@ -95,7 +95,7 @@ def test_transformers_works_in_the_checkout() -> None:
 
 
 def test_a_checkout_that_is_not_installed_finds_its_kernels() -> None:
-    """Without the finder that an editable install puts in the way."""
+    """Tested without the import finder of an editable install."""
     code = (
         "import sys, importlib.util\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
@@ -127,7 +127,7 @@ def test_only_the_package_itself_is_below_fusedmlp() -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("wheel")
-    # From a copy: building leaves a folder build/ behind, and other tests may be building too.
+    # Built from a copy, because building leaves a folder build/ behind and other tests may build too.
     source = folder / "source"
     for name in ("fusedmlp", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -178,7 +178,7 @@ def test_public_names_and_version() -> None:
     assert fusedmlp.__version__ == importlib.metadata.version("fusedmlp")
 
 
-# A room, a folder or a module at the top of fusedmlp/, imports only from these rooms and from itself.
+# A room is a folder or module at the top of fusedmlp/. It imports only from these rooms and from itself.
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_checkout", "convert", "dispatch", "functional", "inspection", "nn", "train", "tuning"},
     "__main__": {"dispatch", "functional", "fusedmlp", "inspection", "nn", "torch_tools", "tuning"},
@@ -197,7 +197,7 @@ PACKAGE = ROOT / "fusedmlp"
 
 
 def imported(path: pathlib.Path) -> set[str]:
-    """The modules of this package that a module imports, anywhere in it: ``nn``, ``dispatch.predicate``."""
+    """The modules of this package that a file imports anywhere: ``nn``, ``dispatch.predicate``."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fusedmlp":
@@ -216,7 +216,7 @@ def imported(path: pathlib.Path) -> set[str]:
 
 
 def test_imports_point_one_way() -> None:
-    """Between rooms as the table says, within a room without circles, and nowhere to the kernels."""
+    """Imports between rooms are those of the table, a room has no circles, and kernels import no room."""
     graph: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -239,9 +239,9 @@ def test_rooms_say_what_they_are_for() -> None:
 
 
 def suite(tmp_path: pathlib.Path, plugin: str, *arguments: str) -> str:
-    """What pytest prints of these tests, with a plugin that makes this machine another one."""
+    """The output of pytest on these tests with a plugin that changes what the machine has."""
     (tmp_path / "this_machine.py").write_text(plugin)
-    others = ("TRITON_INTERPRET", "PYTEST_ADDOPTS")  # this run's own
+    others = ("TRITON_INTERPRET", "PYTEST_ADDOPTS")  # settings of this run
     environment = {name: value for name, value in os.environ.items() if name not in others}
     environment["PYTHONPATH"] = str(tmp_path)
     command = [
@@ -274,7 +274,7 @@ def test_without_expecttest_pytorchs_own_tests_are_skipped(tmp_path: pathlib.Pat
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: there is no interpreter to set")
 def test_nothing_sets_the_interpreter_beside_a_gpu(tmp_path: pathlib.Path) -> None:
-    """Triton 3.6's does not work with every NumPy, and what runs in it there is not what a user runs."""
+    """Triton 3.6's interpreter does not work with every NumPy, and users of a GPU do not run it."""
     plugin = (
         "import os, torch\n"
         "torch.cuda.is_available = lambda: True\n"

@@ -19,7 +19,7 @@ OWN_LAYERS = ("LazyLinear", "Linear", "LinearReLU", "MLP", "Sequential")  # the 
 
 
 def described(name: str, value: Any) -> Iterator[str]:
-    """The name with its signature; for a class of this package, also its fields and methods."""
+    """The name with its signature, and for a class its fields and methods."""
     if inspect.isfunction(value):
         yield f"{name}{without_annotations(value)}"
     elif inspect.isclass(value):
@@ -43,7 +43,7 @@ def without_annotations(function: Any) -> str:
 
 
 def command_line(*arguments: str) -> Iterator[str]:
-    """The options of ``python -m fusedmlp``, as its help lists them."""
+    """The options of ``python -m fusedmlp``, from its help."""
     said = io.StringIO()
     with (
         mock.patch("sys.argv", ["fusedmlp", *arguments, "--help"]),

@@ -22,7 +22,7 @@ Cast = Callable[..., contextlib.AbstractContextManager[Any]]
 
 
 class Net(tnn.Module):
-    """Somebody else's model."""
+    """A user's model, for `fuse`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def filled(ours: tnn.Module, torchs: tnn.Module) -> tnn.Module:
     return ours
 
 
-# torch's, and ours made from it
+# How torch's model is made, and ours from it.
 MODELS: dict[str, tuple[Callable[[], tnn.Module], Callable[[Any], tnn.Module]]] = {
     "Linear": (lambda: tnn.Linear(20, 12), lambda model: filled(nn.Linear(20, 12), model)),
     "LinearReLU": (
@@ -59,7 +59,7 @@ MODELS: dict[str, tuple[Callable[[], tnn.Module], Callable[[Any], tnn.Module]]] 
 
 
 def pair(name: str, device: torch.device) -> tuple[tnn.Module, tnn.Module]:
-    """(ours, torchs); what goes into a ReLU is so far from 0 that no rounding changes its sign."""
+    """(ours, torchs). The inputs of ReLUs are so far from 0 that no rounding changes their signs."""
     torchs = MODELS[name][0]()
     linears = [m for m in torchs.modules() if isinstance(m, tnn.Linear)]
     with torch.no_grad():
@@ -69,7 +69,7 @@ def pair(name: str, device: torch.device) -> tuple[tnn.Module, tnn.Module]:
 
 
 def loss_of(*ys: torch.Tensor) -> torch.Tensor:
-    """Weighted in both signs, so that what bfloat16 in the interpreter cuts off does not add up."""
+    """A sum with weights of both signs, so that the interpreter's truncations to bfloat16 do not add up."""
     return sum(
         ((y.float() * torch.arange(y.numel(), device=y.device).square().cos().view_as(y)).sum() for y in ys),
         start=torch.zeros((), device=ys[0].device),
@@ -77,7 +77,7 @@ def loss_of(*ys: torch.Tensor) -> torch.Tensor:
 
 
 def outside(model: tnn.Module, x: torch.Tensor, cast: Cast) -> list[torch.Tensor]:
-    """The backward outside, as PyTorch's documentation recommends."""
+    """backward() runs outside of autocast, as PyTorch's documentation recommends."""
     with cast():
         y = model(x)
     loss_of(y).backward()
@@ -104,7 +104,7 @@ def uncached(model: tnn.Module, x: torch.Tensor, cast: Cast) -> list[torch.Tenso
 
 
 def nested(model: tnn.Module, x: torch.Tensor, cast: Cast) -> list[torch.Tensor]:
-    """Another dtype, and none, inside; torch's cache would hand out weights of the first dtype."""
+    """Autocast to another dtype, and none, inside. torch's cache would return weights of the first dtype."""
     with cast(cache_enabled=False):
         ys = [model(x)]
         with cast(other=True, cache_enabled=False):
@@ -117,7 +117,7 @@ def nested(model: tnn.Module, x: torch.Tensor, cast: Cast) -> list[torch.Tensor]
 
 
 def without_gradient(model: tnn.Module, x: torch.Tensor, cast: Cast) -> list[torch.Tensor]:
-    """The weights in the cache have no gradient, and still the layers after get theirs."""
+    """The weights in the cache have no gradient; later calls must get gradients all the same."""
     with cast():
         with torch.no_grad():
             a = model(x)
@@ -160,7 +160,7 @@ def casting_nothing(**options: Any) -> Any:
 
 
 def results(scene: Any, model: tnn.Module, x: torch.Tensor, cast: Cast) -> list[torch.Tensor | None]:
-    """What the scene returns, and the gradients of x and of the parameters."""
+    """The scene's outputs, and the gradients of x and of the parameters."""
     leaf = x.detach().clone().requires_grad_()
     outputs = scene(model, leaf, cast)
     gradients = [leaf.grad, *(parameter.grad for parameter in model.parameters())]
@@ -180,8 +180,8 @@ def compare(mine: Any, torchs: Any, exact: Any, route: Route, factor: float) -> 
 
 
 def factor_of(dtype: torch.dtype, device: torch.device) -> float:
-    """Several roundings follow one another, PyTorch's own error is at times a lucky one, and the interpreter
-    cuts bfloat16 off where others round."""
+    """The bound, in units of PyTorch's error. Several roundings follow one another, PyTorch's own error is
+    sometimes small by luck, and the interpreter truncates to bfloat16 where others round."""
     return 8.0 if dtype is torch.bfloat16 and device.type == "cpu" else 4.0
 
 
@@ -246,7 +246,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def test_mixed_dtypes(
     of_parameters: torch.dtype, autocast: torch.dtype | None, route: Route, device: torch.device
 ) -> None:
-    """The dtypes that torch.nn returns, or the type of its error."""
+    """The result has torch.nn's dtypes, or the error has its type."""
     ours, torchs = (model.to(of_parameters) for model in pair("MLP", device))
     for of_input in (*DTYPES, torch.int64):
         x = (3 * torch.randn(32, 20, device=device)).to(of_input)
@@ -264,7 +264,7 @@ def test_mixed_dtypes(
         if isinstance(theirs, Exception):
             assert type(mine) is type(theirs), f"{of_input}: {mine}"
             assert all(str(d) in str(mine) for d in (of_parameters, of_input, tuple(x.shape))), mine
-            del route.reasons[before:]  # of what does not run
+            del route.reasons[before:]  # reasons of calls that raise do not count
             continue
         assert not isinstance(mine, Exception), f"{of_input}: {mine}"
         exact = copy.deepcopy(torchs).double()
@@ -277,7 +277,7 @@ def test_mixed_dtypes(
 
 @pytest.mark.capability("Mixed precision", "torch.autocast of another device, or to another dtype")
 def test_autocast_to_another_dtype(route: Route, device: torch.device) -> None:
-    """On a CPU it warns, and does nothing."""
+    """On a CPU torch.autocast warns about these dtypes and does nothing."""
     ours, torchs = pair("MLP", device)
     x = torch.randn(32, 20, device=device)
     for dtype in (torch.float32, torch.float64):
@@ -301,7 +301,7 @@ def test_autocast_of_another_device(route: Route, device: torch.device) -> None:
     ours, torchs = pair("MLP", device)
     x = torch.randn(32, 20, device=device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where there is no such device
+        warnings.simplefilter("ignore")  # it warns where there is no such device
         with torch.autocast("cuda" if device.type == "cpu" else "cpu", torch.bfloat16):
             mine, theirs = ours(x), torchs(x)
     assert mine.dtype == theirs.dtype == torch.float32
@@ -324,7 +324,7 @@ def test_the_functions_under_autocast(route: Route, device: torch.device) -> Non
 
 
 class Switched(tnn.Module):
-    """What comes after the Linear changes once the model has been read."""
+    """The function after the Linear changes after `fuse` has read the forward."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""torch.compile: the kernels are operators in its graph, the rest is its own code, and explain agrees."""
+"""torch.compile: the kernels are operators in its graph, all else is compiled, and `explain` agrees."""
 
 import itertools
 import shutil
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import fusedmlp
 from fusedmlp import nn
-from fusedmlp.dispatch import operators, predicate
+from fusedmlp.dispatch import predicate
 
 Graphs = list[list[str]]
 
@@ -53,7 +53,7 @@ def fresh() -> None:
 
 
 def compiled(model: Any, **options: Any) -> tuple[Any, Graphs]:
-    """The model under torch.compile without a graph break, and the operators of each graph that it makes."""
+    """The model under torch.compile without a graph break, and a list of the operators of each graph."""
     graphs: Graphs = []
 
     def note(module: Any, inputs: Any) -> Any:
@@ -65,7 +65,7 @@ def compiled(model: Any, **options: Any) -> tuple[Any, Graphs]:
 
 
 def ours(graphs: Graphs, route: Route | None = None) -> list[str]:
-    """Which of the package's operators are in the graphs, in order; the route hears of them."""
+    """The package's operators in the graphs, in order. They are noted on the route."""
     names = [name.split(".")[1] for graph in graphs for name in graph if name.startswith("fusedmlp.")]
     if names and route:
         route.reasons.append(None)
@@ -85,7 +85,7 @@ def results(call: Callable[[torch.Tensor], torch.Tensor], model: Any, x: torch.T
 
 
 def same(route: Route, call: Any, model: tnn.Module, x: torch.Tensor) -> None:
-    """As the model on PyTorch's operators: to the bit where those run, else within the bound."""
+    """Assert the model's results on PyTorch's operators: the same bits, or within the bound on kernels."""
     mine = results(call, model, x)
     with fusedmlp.backend("torch"):
         theirs = results(model, model, x)
@@ -104,7 +104,7 @@ def same(route: Route, call: Any, model: tnn.Module, x: torch.Tensor) -> None:
 
 
 def fused_of(model: tnn.Module, x: torch.Tensor) -> list[str]:
-    """What explain says of the compiled model: one operator a stretch that is on the kernels."""
+    """The operators that `explain` expects of the compiled model: one for each chain on the kernels."""
     explanation = fusedmlp.explain(torch.compile(model, backend="eager"), x)
     assert explanation.compiled
     for row in explanation.rows:
@@ -123,7 +123,7 @@ def test_one_graph_with_the_kernels_in_it(name: str, route: Route, device: torch
     forward = [name for name in ours(graphs) if name == "mlp_forward"]
     assert forward == fused_of(model, x)
     assert ours(graphs, route) == forward + ["mlp_backward"] * len(forward)
-    if route.kernels:  # of a forward that calls ReLU itself, Linear and ReLU are the compiler's
+    if route.kernels:  # a ReLU that a forward calls itself is left to the compiler
         relus = sum("relu" in name for name in graphs[0])
         assert relus == (1 if name == "a fused model" else 0)
         assert len(forward) == (2 if name == "Sequential" else 1)
@@ -197,7 +197,7 @@ def test_a_change_of_backend_is_noticed_and_forcing_raises(device: torch.device)
             call(x)
         assert ours(graphs) == []
         broken = torch.compile(nn.MLP(7, [6], 3).to(device).double(), backend="eager")
-        with fusedmlp.backend("triton"), pytest.raises(RuntimeError, match="is in force, but"):
+        with fusedmlp.backend("triton"), pytest.raises(RuntimeError, match="cannot run here"):
             broken(x.double())
 
 
@@ -212,7 +212,7 @@ def test_operators_keep_torch_librarys_rules(final_relu: bool, device: torch.dev
         torch.ops.fusedmlp.mlp_forward.default, (x, weights, biases, final_relu, 0, True)
     )
     assert set(checks.values()) == {"SUCCESS"}
-    ys = operators.mlp_forward(x, weights, biases, final_relu, 0, True)
+    ys = torch.ops.fusedmlp.mlp_forward(x, weights, biases, final_relu, 0, True)
     grad_output = torch.randn(3, 9, device=device).t()
     for need_x in (True, False):
         needs = need_x, [True, True], [need_x, False]
@@ -221,15 +221,15 @@ def test_operators_keep_torch_librarys_rules(final_relu: bool, device: torch.dev
         assert set(checks.values()) == {"SUCCESS"}
 
 
-# On how many stretches "auto" puts the kernels, of a batch that is worth it: not on a lone Linear, nor on a
-# ReLU that a forward calls itself.
+# How many chains run on the kernels by "auto" if the batch is large: not a lone Linear, nor a ReLU that a
+# forward calls itself.
 STRETCHES = {"Linear": 0, "LinearReLU": 1, "Sequential": 2, "MLP": 1, "a fused model": 1}
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built without CUDA")
 @pytest.mark.parametrize("name", MODELS)
 def test_captured_for_cuda_with_fake_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without a card the backward's engine cannot run on its tensors; what is captured can be read.
+    # Without a GPU the backward cannot run on CUDA tensors, but the captured graphs can be read.
     if not torch.cuda.is_available():
         monkeypatch.setattr(predicate, "_why_not_here", lambda device_type, index: None)
     captured: Graphs = []
@@ -255,7 +255,7 @@ def test_captured_for_cuda_with_fake_tensors(name: str, monkeypatch: pytest.Monk
         names = ours(captured)
         assert names.count("mlp_forward") == names.count("mlp_backward") == STRETCHES[name]
         captured.clear()
-        call(large[:100])  # "auto" leaves so little to the compiler
+        call(large[:100])  # "auto" leaves a small batch to the compiler
         assert captured
         assert ours(captured) == []
 
@@ -274,9 +274,9 @@ def test_inductor(route: Route, device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.capability("torch.compile", "modes reduce-overhead and max-autotune on a card")
+@pytest.mark.capability("torch.compile", "modes reduce-overhead and max-autotune on a GPU")
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_modes_on_a_card(mode: str, route: Route, device: torch.device) -> None:
+def test_modes_on_a_gpu(mode: str, route: Route, device: torch.device) -> None:
     model = nn.MLP(64, [64, 48], 10).to(device)
     call = torch.compile(model, fullgraph=True, mode=mode)
     for _ in range(3):  # the first two warm up, then CUDA graphs are replayed with new data
@@ -286,7 +286,7 @@ def test_modes_on_a_card(mode: str, route: Route, device: torch.device) -> None:
             torch.testing.assert_close(our, its, rtol=1e-3, atol=1e-3)
 
 
-def test_a_recorder_hears_nothing_of_compiled_code() -> None:
+def test_compiled_code_is_not_recorded() -> None:
     route = Route(False)
     call, _ = compiled(nn.MLP(7, [6], 3))
     with compatibility.taken(route):

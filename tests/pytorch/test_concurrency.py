@@ -1,4 +1,4 @@
-"""Threads, processes, and on a card streams, graphs and a second device: the results of one thread alone."""
+"""Threads, processes, streams, graphs and devices: the results are those of one thread alone."""
 
 import contextlib
 import sys
@@ -36,7 +36,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 
 
 class Step(NamedTuple):
-    """A model, and what it is to learn."""
+    """A model with its data; a call is one training step."""
 
     model: torch.nn.Module
     x: torch.Tensor
@@ -65,7 +65,7 @@ def equal(ours: Any, wanted: Any) -> None:
 
 
 def in_threads(route: compatibility.Route, *jobs: Callable[[], Any]) -> list[Any]:
-    """Results of the jobs, at once in a thread each, on this route."""
+    """Run the jobs at the same time, each in its thread, on this route, and return their results."""
     start = threading.Barrier(len(jobs), timeout=PATIENCE)
     results: list[Any] = [None] * len(jobs)
     problems: list[BaseException] = []
@@ -73,7 +73,7 @@ def in_threads(route: compatibility.Route, *jobs: Callable[[], Any]) -> list[Any
     def run(i: int) -> None:
         try:
             own = compatibility.Route(route.kernels)
-            # What else belongs to the route holds in all threads.
+            # Only the recording belongs to one thread; the rest of the route holds in all threads.
             with backend_choice.recorded(lambda run: own.reasons.append(run.reason)):
                 start.wait()
                 results[i] = jobs[i]()
@@ -83,7 +83,7 @@ def in_threads(route: compatibility.Route, *jobs: Callable[[], Any]) -> list[Any
 
     threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(jobs))]
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # as many turns as can be
+    sys.setswitchinterval(1e-5)  # the threads take turns as often as possible
     try:
         for thread in threads:
             thread.start()
@@ -167,15 +167,15 @@ def test_what_one_thread_chooses_holds_in_it_alone(route: compatibility.Route, d
 
     noted: list[Any] = []
     with contextlib.ExitStack() as stack:
-        if route.kernels:  # what explain() does for a moment
+        if route.kernels:  # explain() does this for a moment
             stack.enter_context(predicate.kernels().dry_run(lambda *launch: noted.append(launch)))
         ours = in_threads(route, with_torch, explain, train)
     assert noted == []
-    torch.testing.assert_close(ours[0], wanted[0])  # on the kernels, wanted is not quite torch's
+    torch.testing.assert_close(ours[0], wanted[0])  # on the kernels, wanted has other bits than torch's
     equal(ours[2], wanted[1])
-    forced = [reason for reason in route.reasons if reason == "backend('torch') is in force"]
+    forced = [reason for reason in route.reasons if reason == "The caller chose backend('torch')."]
     assert len(forced) == steps
-    route.reasons[:] = [reason for reason in route.reasons if reason not in forced]  # they were asked for
+    route.reasons[:] = [reason for reason in route.reasons if reason not in forced]  # these are expected
     assert not route.kernels or set(route.reasons) == {None}
 
 
@@ -183,7 +183,7 @@ def test_what_one_thread_chooses_holds_in_it_alone(route: compatibility.Route, d
 
 
 def here(kernels: bool, call: Callable[[], Any]) -> tuple[Any, list[str | None]]:
-    """The result of a call in this process, and what was said of its layers."""
+    """The result of a call in this process, and the reasons recorded for its layers."""
     route = compatibility.Route(kernels)
     with compatibility.taken(route):
         return call(), route.reasons
@@ -193,12 +193,12 @@ def here(kernels: bool, call: Callable[[], Any]) -> tuple[Any, list[str | None]]
 def context(request: pytest.FixtureRequest) -> Any:
     context = torch.multiprocessing.get_context(request.param)
     if request.param == "forkserver":
-        context.set_forkserver_preload(["torch"])  # once, and not in every process
+        context.set_forkserver_preload(["torch"])  # once instead of in every process
     return context
 
 
 class Features(Dataset[Any]):
-    """What a fused model makes of its data, in the process that asks."""
+    """A data set whose items a fused model computes, in the process that asks for them."""
 
     def __init__(self, model: torch.nn.Module, kernels: bool) -> None:
         self.model, self.kernels = model, kernels
@@ -228,7 +228,7 @@ def test_data_loaders(context: Any, route: compatibility.Route, device: torch.de
             Step(trained, features.to(device), torch.ones(3, 2, device=device))()
         return list(trained.parameters())
 
-    wanted = train()  # and the kernels have run in this process
+    wanted = train()  # the kernels have now run in this process
     equal(train(num_workers=2, multiprocessing_context=context, timeout=PATIENCE), wanted)
     assert len(route.reasons) == 4 * len(data)
     assert device.type == "cuda" or all_fused(route)
@@ -261,8 +261,8 @@ def test_pool(context: Any, route: compatibility.Route, device: torch.device) ->
 @pytest.mark.capability(SECTION, "a fused model in a `multiprocessing.Pool`, forked after kernels have run")
 @pytest.mark.parametrize("context", ["fork"], indirect=True)
 def test_fork_while_another_thread_runs_kernels(context: Any, route: compatibility.Route) -> None:
-    """Which holds what only one thread may have, and does not live on in the child to let go of it."""
-    # Two, for what is sent to another process moves to shared memory, under whoever is computing with it.
+    """At the fork the other thread may hold a lock, and in the child nothing releases it."""
+    # Two jobs: a model that is sent to another process moves to shared memory, even while a thread computes.
     job, others = ((step("MLP", seed).model, torch.randn(3, 6), route.kernels) for seed in (1, 2))
     wanted, _ = predict(job)
     stop = threading.Event()
@@ -300,7 +300,7 @@ def take_turns(rank: int, job: Step, steps: int, kernels: bool, turns: list[Any]
 @pytest.mark.parametrize("context", ["forkserver"], indirect=True)
 @pytest.mark.parametrize("which", MODELS)
 def test_hogwild(which: str, context: Any, route: compatibility.Route, device: torch.device) -> None:
-    """In turns, so that there is one right result."""
+    """The processes take turns, so that there is only one correct result."""
     steps = 2
     alone, shared = step(which, 1), step(which, 1)
     xs = [shared.x, torch.randn(5, 6)]
@@ -350,14 +350,14 @@ def first_calls(kernels: bool, said: Any) -> None:
 def test_threads_that_both_are_the_first(
     context: Any, route: compatibility.Route, device: torch.device
 ) -> None:
-    """Both import the kernels and find the caches empty."""
+    """Both threads import the kernels and find the caches empty."""
     said = context.SimpleQueue()
     finish([context.Process(target=first_calls, args=(route.kernels, said), daemon=True)])
     route.reasons += said.get()
     assert device.type == "cuda" or all_fused(route)
 
 
-# --- A card, or two ---
+# --- One GPU, or two ---
 
 
 @pytest.mark.gpu
@@ -380,7 +380,7 @@ def test_another_device(which: str, route: compatibility.Route) -> None:
 
 @contextlib.contextmanager
 def busy_default_stream() -> Iterator[Callable[[], bool]]:
-    """The default stream has a second of work before whatever comes to it now: is it still at that?"""
+    """Give the default stream a second of work; yields a function that tells whether it is still busy."""
     default = torch.cuda.default_stream()
     done = torch.cuda.Event()
     with torch.cuda.stream(default):
@@ -394,7 +394,7 @@ def busy_default_stream() -> Iterator[Callable[[], bool]]:
 @pytest.mark.capability(SECTION, "a stream that is not the default one")
 @pytest.mark.parametrize("which", MODELS)
 def test_another_stream(which: str, route: compatibility.Route) -> None:
-    """What was launched elsewhere would come after the sleep, and the result be read before it."""
+    """A launch on the default stream would run after the sleep, and the result would be read before it."""
     model, x, _ = step(which, 1, "cuda")
     parameters = list(model.parameters())
 
@@ -407,7 +407,7 @@ def test_another_stream(which: str, route: compatibility.Route) -> None:
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        results(other)  # what is compiled and allocated once would wait for the default stream
+        results(other)  # compiling and first allocations would wait for the default stream
         stream.synchronize()
         with busy_default_stream() as busy:
             ours = results(x)  # .cpu() waits for this stream
@@ -435,7 +435,7 @@ def test_threads_with_their_own_streams(which: str, route: compatibility.Route) 
 
 
 def on_a_side_stream(call: Callable[[], Any]) -> None:
-    """Before a capture, as torch's notes on CUDA graphs ask for."""
+    """Warm up on a side stream before a capture, as torch's notes on CUDA graphs require."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -465,7 +465,7 @@ def test_cuda_graph_of_inference(which: str, route: compatibility.Route) -> None
 @pytest.mark.capability(SECTION, "CUDA graphs: training steps")
 @pytest.mark.parametrize("which", MODELS)
 def test_cuda_graph_of_training(which: str, route: compatibility.Route) -> None:
-    """Forward, backward and a change of the parameters, replayed on other data."""
+    """Replays forward, backward and the update of the parameters on other data."""
     ours, alone = step(which, 1, "cuda"), step(which, 1, "cuda")
     start = [p.detach().clone() for p in ours.model.parameters()]
     on_a_side_stream(ours)

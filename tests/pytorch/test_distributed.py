@@ -1,7 +1,7 @@
-"""Two processes, and activation checkpointing: gradients as in one process on the whole batch.
+"""Two processes, and activation checkpointing: the gradients are those of one process on the whole batch.
 
-Weights and inputs are small whole numbers, so that every sum is exact in whatever order and split it is
-computed: all results are torch.nn's to the bit, on the kernels too.
+Weights and inputs are small whole numbers, so that every sum is exact in any order and split. All results
+have the bits of torch.nn's, also on the kernels.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ import fusedmlp
 from fusedmlp import nn
 
 RANKS = 2
-PATIENCE = 120  # seconds a check may take before both processes are killed: a hang fails, and goes no further
+PATIENCE = 120  # seconds until a check that hangs fails and both processes are killed
 
 # --- Two processes, started once and kept ---
 
 
 def serve(rank: int, jobs: Any, meeting_point: str) -> None:
-    """One of the processes: runs the checks that it is sent."""
+    """The main function of each process: run the checks that are sent to it."""
     torch.set_num_threads(1)
     patience = datetime.timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=RANKS, timeout=patience)
@@ -57,7 +57,7 @@ def serve(rank: int, jobs: Any, meeting_point: str) -> None:
 
 
 class Pair:
-    """Starting a process and importing torch costs seconds: the two do one check after the other."""
+    """Two processes that run one check after the other, because starting them takes seconds."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
@@ -118,9 +118,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 @pytest.fixture
 def in_both(pair: Pair, route: compatibility.Route) -> Callable[..., None]:
-    """Runs a check of this module in both processes, on this test's route."""
+    """Run a check of this module in both processes, on this test's route."""
     if route.kernels and torch.cuda.is_available():
-        # gloo is for CPUs, on which kernels run in Triton's interpreter only.
+        # gloo works on CPUs, where kernels run in Triton's interpreter only.
         pytest.skip("two processes on the CPU would need Triton's interpreter, and here is a GPU")
     return functools.partial(pair.run, route)
 
@@ -156,7 +156,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {  # torch.nn's
 
 
 def models(which: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """torch.nn's and ours, of the same weights."""
+    """torch.nn's model and ours, with the same weights."""
     theirs, ours = (make() for make in MODELS[which])
     with torch.no_grad():
         for its, our in zip(theirs.parameters(), ours.parameters(), strict=True):
@@ -165,7 +165,7 @@ def models(which: str) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def batch(rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """What goes in, and the gradient of what comes out."""
+    """An input, and a gradient of the output."""
     return torch.randint(-2, 3, (rows, 6)).float(), torch.randint(-1, 2, (rows, 4)).float()
 
 
@@ -175,7 +175,7 @@ def mine(rows: torch.Tensor) -> torch.Tensor:
 
 
 def whole(tensor: Any) -> Any:
-    """Of a parameter that is split too."""
+    """The whole tensor, also of a parameter that is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -188,7 +188,7 @@ def alone(model: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor) -> tuple[
     model.zero_grad()
     y = model(x)
     y.backward(grad)
-    assert len(y.unique()) > 4  # the test sees something
+    assert len(y.unique()) > 4  # not all the same: a wrong result would show
     return y.detach(), gradients(model)
 
 
@@ -198,7 +198,7 @@ same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 def train_alike(
     wrapped: Any, ours: torch.nn.Module, theirs: torch.nn.Module, rounds: int = 1, dtype: Any = torch.float32
 ) -> None:
-    """Each process on its rows against one on all; gradients are averaged, so each doubles its own."""
+    """Compare two processes, each on its rows, with one. Gradients are averaged, so each doubles its own."""
     for _ in range(rounds):
         x, grad = batch()
         wanted, wanted_gradients = alone(theirs, x, grad)
@@ -217,7 +217,7 @@ def train_alike(
 def check_ddp(which: str, options: dict[str, Any]) -> None:
     theirs, ours = models(which)
     wrapped = torch.nn.parallel.DistributedDataParallel(ours, **options)
-    train_alike(wrapped, ours, theirs, rounds=2)  # static_graph and buckets settle in the first
+    train_alike(wrapped, ours, theirs, rounds=2)  # static_graph and buckets are set up in the first
 
 
 @pytest.mark.capability("Distributed", "DDP: also `gradient_as_bucket_view`, `static_graph`")
@@ -323,7 +323,7 @@ def test_fsdp2(
     assert all_fused(route)
 
 
-@pytest.mark.capability("Distributed", "FSDP2: `fully_shard` of each Linear, each a stretch of its own")
+@pytest.mark.capability("Distributed", "FSDP2: `fully_shard` of each Linear, each a chain of its own")
 @pytest.mark.parametrize(
     ("which", "reshard_after_forward"), [*((which, True) for which in MODELS), ("MLP", False)]
 )
@@ -480,7 +480,7 @@ def test_checkpointed_in_both(
 
 
 def blocks(of: Any) -> Any:
-    """Dropout, for the forward that runs again has to draw the same."""
+    """With dropout: the forward that runs again must draw the same random numbers."""
     block = of.Sequential(of.Linear(6, 8), of.ReLU(), of.Dropout(0.5), of.Linear(8, 6), of.ReLU())
     return of.Sequential(block, copy.deepcopy(block), of.Linear(6, 4))
 

@@ -1,4 +1,4 @@
-"""torch.func: under every transform, and in whatever order, the same as with torch.nn."""
+"""torch.func: every transform, in any order, gives the same as with torch.nn."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ SECTION = "torch.func and autograd"
 
 
 def loss_of(model: tnn.Module) -> Callable[..., torch.Tensor]:
-    """A number of the parameters and the input, of which derivatives of every order are something."""
+    """A loss of the parameters and the input whose derivatives of every order are not zero."""
 
     def loss(given: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         y = functional_call(model, given, (x,))
@@ -78,7 +78,7 @@ def test_forward_transforms(compare: Any) -> None:
 @pytest.mark.capability(SECTION, "`torch.func.linearize`, `functionalize`")
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Attempted to insert a get_attr Node")
 def test_linearize(compare: Any) -> None:
-    """linearize calls the model once as it is, too."""
+    """linearize also calls the model itself once, so a kernel runs."""
 
     def run(model: tnn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
         y, push = torch.func.linearize(model, x)
@@ -99,7 +99,7 @@ def test_second_derivatives_by_transforms(compare: Any) -> None:
         yield func.hessian(of_x)(x[:2])
         yield func.jacrev(func.jacrev(of_x))(x[:2])
         yield func.jacrev(func.jacfwd(of_x))(x[:2])
-        yield from func.jvp(func.grad(of_x), (x,), (x.sin(),))  # the product with a vector
+        yield from func.jvp(func.grad(of_x), (x,), (x.sin(),))  # Hessian-vector product
         yield func.grad(lambda x: func.grad(of_x)(x).square().sum())(x)
         second = func.hessian(loss)(given, x[:2])
         yield from (block for row in second.values() for block in row.values())
@@ -114,7 +114,7 @@ def test_functional_call(compare: Any) -> None:
         y = functional_call(model, given, (x,))
         yield y.detach()
         yield from torch.autograd.grad(y.square().sum(), list(given.values()))
-        last = list(given)[-1]  # some of the parameters; twins in two dictionaries
+        last = list(given)[-1]  # some of the parameters; parameters in two dictionaries
         yield functional_call(model, {last: given[last]}, (x,)).detach()
         yield functional_call(model, ({last: given[last]}, {next(iter(given)): given[next(iter(given))]}), x)
         yield model(x)

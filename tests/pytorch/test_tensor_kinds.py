@@ -1,4 +1,4 @@
-"""Inputs and parameters that are no plain tensors: what torch.nn makes of them, error or not."""
+"""Inputs and parameters that are not plain tensors: the results, or the types of errors, are torch.nn's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from compatibility import Route
-from subjects import SUBJECTS, made
+from networks import NETWORKS, pair
 from torch import nn as tnn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -14,7 +14,7 @@ SECTION = "Tools that look at modules"
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """What a call returns, or the type of error it raises."""
+    """What a call returns, or the type of the error that it raises."""
     try:
         return call()
     except Exception as error:
@@ -22,7 +22,7 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 class Logged(torch.Tensor):
-    """Notes the functions that it goes through."""
+    """A tensor that notes the functions called with it."""
 
     seen: list[str]
 
@@ -45,11 +45,11 @@ def parameters_as(model: Any, kind: Callable[[torch.Tensor], Any]) -> None:
 @pytest.mark.capability(SECTION, "tensor subclasses, as input and as parameters")
 @pytest.mark.parametrize("kind", ["__torch_function__", "TwoTensor"])
 @pytest.mark.parametrize("place", ["input", "parameters"])
-@pytest.mark.parametrize("subject", SUBJECTS)
-def test_subclasses(subject: str, place: str, kind: str, route: Route, device: torch.device) -> None:
+@pytest.mark.parametrize("network", NETWORKS)
+def test_subclasses(network: str, place: str, kind: str, route: Route, device: torch.device) -> None:
     as_kind = two if kind == "TwoTensor" else lambda t: t.as_subclass(Logged)
     found = []
-    for model, _ in list(made(subject, device))[:2]:
+    for model in pair(network, device):
         x = torch.ones(6, 5, device=device)
         Logged.seen = []
         if place == "input":
@@ -104,9 +104,9 @@ WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     ],
 )
 def test_other_inputs(kind: str, weights: str, route: Route, device: torch.device) -> None:
-    for subject in SUBJECTS:
+    for network in NETWORKS:
         found = []
-        for model, _ in list(made(subject, device))[:2]:
+        for model in pair(network, device):
             x = INPUTS[kind][1](torch.randn(6, 5, generator=torch.Generator().manual_seed(5)).to(device))
             for module in model.modules():
                 if isinstance(module, tnn.Linear):
@@ -116,13 +116,13 @@ def test_other_inputs(kind: str, weights: str, route: Route, device: torch.devic
             error = y if isinstance(y, type) else outcome(lambda y=y: y.abs().sum().backward())
             found.append((error, [] if isinstance(y, type) else [y, *(p.grad for p in model.parameters())]))
         (error, ours), (torchs_error, torchs) = found
-        assert error == torchs_error, subject
+        assert error == torchs_error, network
         for a, b in zip(ours, torchs, strict=True):
-            assert type(a) is type(b), subject
+            assert type(a) is type(b), network
             if a is not None:
-                assert (a.layout, a.dtype, a.is_nested) == (b.layout, b.dtype, b.is_nested), subject
+                assert (a.layout, a.dtype, a.is_nested) == (b.layout, b.dtype, b.is_nested), network
                 for one, other in zip(dense(a), dense(b), strict=True):
-                    # Behind a sparse input the next layers may run on the kernels.
+                    # The layers after the one with the sparse input may run on the kernels.
                     bound = {} if route.kernels else {"rtol": 0, "atol": 0}
                     torch.testing.assert_close(one, other, **bound, equal_nan=True)
 

@@ -1,6 +1,7 @@
-"""Tools that look at modules find in ours what they find in torch.nn's: the same values, keys and errors."""
+"""Tools that inspect or change modules work on ours as on torch.nn's: the same values, keys and errors."""
 
 import copy
+import functools
 import io
 import pickle
 from collections.abc import Callable
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from compatibility import Route
-from subjects import SUBJECTS, Net, assert_same, compare, is_ours, linear, made, results
+from networks import NETWORKS, Net, is_ours, linear, pair, results
+from oracle import assert_same
 from torch import nn as tnn
 from torch.nn.utils import fusion, parametrizations, parametrize, prune
 from torch.optim import swa_utils
@@ -20,12 +22,15 @@ from fusedmlp import nn
 SECTION = "Tools that look at modules"
 
 
-@pytest.fixture(params=SUBJECTS)
-def subject(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+Compare = Callable[..., Any]
 
 
-# --- what changes a layer ---
+@pytest.fixture
+def compare(compare: Compare) -> Compare:
+    return functools.partial(compare, fused=True, again=True)
+
+
+# --- changes of a layer ---
 
 
 class Doubled(tnn.Module):
@@ -42,7 +47,7 @@ PARAMETRIZATIONS = {
 
 @pytest.mark.capability(SECTION, "parametrizations: weight_norm, spectral_norm, one's own")
 @pytest.mark.parametrize("kind", PARAMETRIZATIONS)
-def test_parametrizations(kind: str, subject: str, route: Route, device: torch.device) -> None:
+def test_parametrizations(kind: str, compare: Compare, network: str) -> None:
     def change(model: Any) -> None:
         PARAMETRIZATIONS[kind](model)
 
@@ -50,9 +55,9 @@ def test_parametrizations(kind: str, subject: str, route: Route, device: torch.d
         change(model)
         parametrize.remove_parametrizations(linear(model), "weight")
 
-    compare(route, device, subject, change)
-    kinds = [type(module) for module in SUBJECTS[subject][0]().modules()]
-    assert [type(module) for module in compare(route, device, subject, removed).modules()] == kinds
+    compare(change=change)
+    kinds = [type(module) for module in NETWORKS[network][0]().modules()]
+    assert [type(module) for module in compare(change=removed).modules()] == kinds
 
 
 PRUNING = {
@@ -64,7 +69,7 @@ PRUNING = {
 
 @pytest.mark.capability(SECTION, "pruning")
 @pytest.mark.parametrize("kind", PRUNING)
-def test_pruning(kind: str, subject: str, route: Route, device: torch.device) -> None:
+def test_pruning(kind: str, compare: Compare) -> None:
     def change(model: Any) -> None:
         PRUNING[kind](model)
 
@@ -72,8 +77,8 @@ def test_pruning(kind: str, subject: str, route: Route, device: torch.device) ->
         change(model)
         prune.remove(linear(model), "bias" if kind == "bias" else "weight")
 
-    compare(route, device, subject, change)
-    compare(route, device, subject, for_good)
+    compare(change=change)
+    compare(change=for_good)
 
 
 HOOKS: dict[str, Callable[[Any, Callable[..., None]], Any]] = {
@@ -91,7 +96,7 @@ HOOKS: dict[str, Callable[[Any, Callable[..., None]], Any]] = {
 
 @pytest.mark.capability(SECTION, "forward and backward hooks")
 @pytest.mark.parametrize("kind", HOOKS)
-def test_hooks(kind: str, subject: str, route: Route, device: torch.device) -> None:
+def test_hooks(kind: str, compare: Compare) -> None:
     def run(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
         found = []
         for hooked in (model, linear(model)):
@@ -103,7 +108,7 @@ def test_hooks(kind: str, subject: str, route: Route, device: torch.device) -> N
             found += [t.detach() for t in notes]
         return found + results(model, x)
 
-    compare(route, device, subject, run=run)
+    compare(run)
 
 
 @pytest.mark.capability(SECTION, "hooks on every module: register_module_forward_hook and its like")
@@ -116,9 +121,7 @@ def test_hooks(kind: str, subject: str, route: Route, device: torch.device) -> N
         tnn.modules.module.register_module_full_backward_pre_hook,
     ],
 )
-def test_hooks_on_every_module(
-    register: Callable[..., Any], subject: str, route: Route, device: torch.device
-) -> None:
+def test_hooks_on_every_module(register: Callable[..., Any], compare: Compare) -> None:
     def run(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
         notes: list[tuple[tnn.Module, torch.Tensor]] = []
 
@@ -134,15 +137,15 @@ def test_hooks_on_every_module(
         assert {module for module, _ in notes} == set(model.modules())
         return [*found, *(t for _, t in notes)]
 
-    compare(route, device, subject, run=run)
+    compare(run)
 
 
-# --- what makes another of it ---
+# --- copies and converted models ---
 
 
 @pytest.mark.capability(SECTION, "torch.nn.utils.fusion: a norm folded into the layer before it")
-@pytest.mark.parametrize("subject", sorted(SUBJECTS.keys() - {"LinearReLU"}))  # whose ReLU is before the norm
-def test_fusion(subject: str, route: Route, device: torch.device) -> None:
+@pytest.mark.parametrize("network", sorted(NETWORKS.keys() - {"LinearReLU"}))  # has its ReLU before the norm
+def test_fusion(compare: Compare, device: torch.device) -> None:
     def change(model: Any) -> Any:
         layer = linear(model)
         norm = tnn.BatchNorm1d(layer.out_features).to(device)
@@ -153,7 +156,7 @@ def test_fusion(subject: str, route: Route, device: torch.device) -> None:
         assert type(folded) is type(layer)
         layer.weight, layer.bias = folded.weight, folded.bias
 
-    compare(route, device, subject, change)
+    compare(change=change)
 
 
 def through_pickle(model: Any) -> Any:
@@ -169,32 +172,32 @@ def through_a_file(model: Any) -> Any:
 
 @pytest.mark.capability(SECTION, "deepcopy, pickle and torch.save of a whole model")
 @pytest.mark.parametrize("clone", [copy.deepcopy, through_pickle, through_a_file])
-def test_copies(clone: Callable[[Any], Any], subject: str, route: Route, device: torch.device) -> None:
-    model = compare(route, device, subject, clone)
-    kinds = [type(module) for module in SUBJECTS[subject][0]().modules()]
+def test_copies(clone: Callable[[Any], Any], compare: Compare, network: str) -> None:
+    model = compare(change=clone)
+    kinds = [type(module) for module in NETWORKS[network][0]().modules()]
     assert [type(module) for module in model.modules()] == kinds
 
 
 @pytest.mark.capability(SECTION, "checkpoints: torch.save, weights_only=True, load_state_dict(assign=True)")
 @pytest.mark.parametrize("assign", [False, True])
-def test_checkpoints(assign: bool, subject: str, route: Route, device: torch.device) -> None:
+def test_checkpoints(assign: bool, compare: Compare, network: str, device: torch.device) -> None:
     def in_the_other_kind(model: Any) -> Any:
         file = io.BytesIO()
         torch.save(model.state_dict(), file)
         file.seek(0)
         values = torch.load(file, weights_only=True, map_location=device)
-        other = SUBJECTS[subject][is_ours(model)]().to(device)
+        other = NETWORKS[network][is_ours(model)]().to(device)
         other.load_state_dict(values, assign=assign)
         assert (linear(other).weight.data_ptr() in {value.data_ptr() for value in values.values()}) is assign
         with pytest.raises(RuntimeError, match="size mismatch"):
             other.load_state_dict({name: value[:1] for name, value in values.items()})
         return other
 
-    compare(route, device, subject, lambda model: in_the_other_kind(in_the_other_kind(model)))
+    compare(change=lambda model: in_the_other_kind(in_the_other_kind(model)))
 
 
 @pytest.mark.capability(SECTION, "meta device, to_empty")
-def test_meta_device(subject: str, route: Route, device: torch.device) -> None:
+def test_meta_device(compare: Compare, device: torch.device) -> None:
     def change(model: Any) -> Any:
         values = copy.deepcopy(model.state_dict())
         model.to("meta")
@@ -202,14 +205,14 @@ def test_meta_device(subject: str, route: Route, device: torch.device) -> None:
         assert (y.device.type, y.shape) == ("meta", (2, 6, 3))
         model.to_empty(device=device).load_state_dict(values)
 
-    compare(route, device, subject, change)
+    compare(change=change)
 
 
 @pytest.mark.capability(SECTION, "torch.set_default_device, with torch.device(...)")
 @pytest.mark.parametrize("how", ["set", "with"])
-def test_default_device(how: str, subject: str, route: Route, device: torch.device) -> None:
+def test_default_device(how: str, compare: Compare, network: str, device: torch.device) -> None:
     def run(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
-        make = SUBJECTS[subject][not is_ours(model)]
+        make = NETWORKS[network][not is_ours(model)]
         built = []
         for where in (torch.device("meta"), device):
             if how == "set":
@@ -225,21 +228,21 @@ def test_default_device(how: str, subject: str, route: Route, device: torch.devi
         with device:
             return results(built[0], x)
 
-    compare(route, device, subject, run=run)
+    compare(run)
 
 
-# --- what trains ---
+# --- training ---
 
 
 @pytest.mark.capability(SECTION, "nn.init")
 @pytest.mark.parametrize("name", ["xavier_uniform_", "kaiming_normal_", "orthogonal_", "trunc_normal_"])
-def test_init(name: str, subject: str, route: Route, device: torch.device) -> None:
+def test_init(name: str, compare: Compare) -> None:
     def initialise(module: tnn.Module) -> None:
         if isinstance(module, tnn.Linear):
             getattr(tnn.init, name)(module.weight)
             tnn.init.constant_(module.bias, 0.1)
 
-    compare(route, device, subject, lambda model: model.apply(initialise))
+    compare(change=lambda model: model.apply(initialise))
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -271,19 +274,19 @@ def train(
 
 
 @pytest.mark.capability(SECTION, "optimizers: SGD, Adam, AdamW, also fused and foreach, LBFGS")
-@pytest.mark.parametrize("subject", ["LinearReLU", "MLP", "fused"])
+@pytest.mark.parametrize("network", ["LinearReLU", "MLP", "fused"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_optimizers(kind: str, subject: str, route: Route, device: torch.device) -> None:
+def test_optimizers(kind: str, compare: Compare) -> None:
     def run(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
         losses = train(model, x, OPTIMIZERS[kind](model.parameters()))
         assert losses[-1] < losses[0]
         return [losses]
 
-    compare(route, device, subject, run=run)
+    compare(run)
 
 
 @pytest.mark.capability(SECTION, "EMA: AveragedModel, update_bn")
-def test_averaged_model(subject: str, route: Route, device: torch.device) -> None:
+def test_averaged_model(compare: Compare, device: torch.device) -> None:
     def run(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
         averaged = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -294,11 +297,11 @@ def test_averaged_model(subject: str, route: Route, device: torch.device) -> Non
     def change(model: Any) -> Any:
         return tnn.Sequential(tnn.BatchNorm1d(5, device=device), model)
 
-    compare(route, device, subject, change, run)
+    compare(run, change=change)
 
 
 @pytest.mark.capability(SECTION, "torch.nn.utils: clip_grad_norm_, parameters_to_vector, skip_init")
-def test_utilities(subject: str, route: Route, device: torch.device) -> None:
+def test_utilities(compare: Compare, network: str, device: torch.device) -> None:
     def run(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
         results(model, x)
         norm = tnn.utils.clip_grad_norm_(model.parameters(), 0.1)
@@ -307,15 +310,15 @@ def test_utilities(subject: str, route: Route, device: torch.device) -> None:
         tnn.utils.vector_to_parameters(vector.detach() / 2, model.parameters())
         return [norm, *gradients, vector.detach(), *results(model, x)]
 
-    compare(route, device, subject, run=run)
+    compare(run)
     arguments: dict[str, Any] = {"Linear": (5, 3), "LinearReLU": (5, 3), "MLP": (5, [4], 3)}
-    if subject in arguments:
-        made = tnn.utils.skip_init(getattr(nn, subject), *arguments[subject], device=device)
+    if network in arguments:
+        made = tnn.utils.skip_init(getattr(nn, network), *arguments[network], device=device)
         assert {p.device.type for p in made.parameters()} == {device.type}
 
 
 @pytest.mark.capability(SECTION, "share_memory, set_swap_module_params_on_conversion")
-def test_other_memory(subject: str, route: Route, device: torch.device) -> None:
+def test_other_memory(compare: Compare, device: torch.device) -> None:
     def run(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
         before = results(model.share_memory(), x)
         assert device.type != "cpu" or linear(model).weight.is_shared()
@@ -329,14 +332,14 @@ def test_other_memory(subject: str, route: Route, device: torch.device) -> None:
             torch.__future__.set_swap_module_params_on_conversion(False)
         return [*before, *results(model, x)]
 
-    compare(route, device, subject, run=run)
+    compare(run)
 
 
-# --- what goes by the class ---
+# --- tools that look at the class ---
 
 
 def lazy(kind: str, nn: Any) -> Any:
-    """kind: a layer, a chain, or one with a ReLU in its forward."""
+    """kind: a layer, a chain, or a model with a ReLU in its forward."""
     if kind == "Linear":
         return nn.LazyLinear(3)
     if kind == "Sequential":
@@ -378,7 +381,8 @@ def test_lazy(how: str, kind: str, first: str, route: Route, device: torch.devic
             assert {type(m) for m in again.modules() if isinstance(m, tnn.Linear)} == {tnn.Linear}
     assert models[:2] == models[2:4]
     found[2][:2] = [t.double() for t in found[1][:2]]
-    assert_same(route, *found)
+    ours, torchs, exact = found
+    assert_same(ours, torchs, exact if route.kernels else None)
 
 
 def quantized(model: Any) -> Any:
@@ -389,10 +393,10 @@ def quantized(model: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.capability(SECTION, "dynamic quantization, after fusedmlp.unfuse(model, built=True)")
-def test_dynamic_quantization(subject: str, route: Route) -> None:
-    ours, torchs = (model for model, _ in list(made(subject, torch.device("cpu")))[:2])
-    if subject == "LinearReLU":  # a plain Linear would lose the ReLU
-        with pytest.raises(TypeError, match=r"no LinearReLU.*Linear and ReLU: the model itself"):
+def test_dynamic_quantization(network: str, route: Route) -> None:
+    ours, torchs = pair(network, torch.device("cpu"))
+    if network == "LinearReLU":  # a plain Linear would lose the ReLU
+        with pytest.raises(TypeError, match=r"no LinearReLU.*Linear and ReLU in place of: the model itself"):
             fusedmlp.unfuse(ours, built=True)
         assert type(ours) is nn.LinearReLU
         return
@@ -415,8 +419,8 @@ def test_dynamic_quantization_directly(route: Route) -> None:
 
 
 @pytest.mark.capability(SECTION, "torch.profiler: names to read")
-def test_profiler(subject: str, route: Route, device: torch.device) -> None:
-    model = SUBJECTS[subject][0]().to(device)
+def test_profiler(network: str, route: Route, device: torch.device) -> None:
+    model = NETWORKS[network][0]().to(device)
     x = torch.randn(6, 5, device=device)
     names = []
     for grad in (True, False):

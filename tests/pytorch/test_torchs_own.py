@@ -1,7 +1,7 @@
-"""PyTorch's own descriptions of its operators, OpInfo, run on ours in their place.
+"""PyTorch's own descriptions of its operators, OpInfo, applied to our functions.
 
-They say for which dtypes an operator works, give sample inputs and tell which derivatives must be right. The
-run prints at its end how many samples passed.
+They tell for which dtypes an operator works, give sample inputs and tell which derivatives must be correct.
+The run prints at its end how many samples passed.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from fusedmlp import functional
 
 pytestmark = NEEDS_EXPECTTEST
 
-# Ours, and torch's in whose place it is.
+# Our function, and torch's that it replaces.
 FUNCTIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
     "linear": (functional.linear, F.linear),
     "linear_relu": (functional.linear_relu, lambda *tensors: F.relu(F.linear(*tensors))),
@@ -37,9 +37,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tens
 }
 
 
-@functools.cache  # shared by the tests, which change no sample: to make them takes longer than to run them
+@functools.cache  # the tests share the samples, which take longer to make than to run
 def samples_of(name: str, device: torch.device, dtype: torch.dtype, requires_grad: bool) -> list[Sample]:
-    """Every sample, without gradients every reference input, and each with other strides; conjugates too."""
+    """All samples (without gradients: all reference inputs), each also with other strides, and conjugates."""
     op = op_info(name)
     samples = list((op.sample_inputs if requires_grad else op.reference_inputs)(device, dtype, requires_grad))
     if dtype.is_complex:
@@ -62,7 +62,7 @@ def described(tensors: Sample) -> str:
 
 
 def in_reach(tensors: Sample) -> bool:
-    """Whether there are kernels for it. A weight of one dimension, which torch takes too, is torch's."""
+    """Whether there are kernels for it. A weight of one dimension, which torch accepts, has none."""
     return tensors[0].dtype in KERNEL_DTYPES and tensors[1].dim() == 2
 
 
@@ -80,7 +80,7 @@ def in_reach(tensors: Sample) -> bool:
 def test_samples_of_linear(
     reach: bool, name: str, route: Route, sampled: Callable[..., None], device: torch.device
 ) -> None:
-    """Within the reach of the kernels and out of it."""
+    """Samples for which there are kernels, and others."""
     ours, torchs = FUNCTIONS[name]
     for tensors in all_samples_of("nn.functional.linear", device):
         if in_reach(tensors) != reach:
@@ -104,13 +104,13 @@ def test_samples_of_linear(
 def test_dtypes_that_torch_refuses(
     name: str, route: Route, sampled: Callable[..., None], device: torch.device
 ) -> None:
-    """And what the OpInfo itself says raises, which is nothing so far."""
+    """Also the inputs that the OpInfo lists as errors, of which there are none so far."""
     ours, torchs = FUNCTIONS[name]
     op = op_info("nn.functional.linear")
     errors = [error.sample_input for error in (op.error_inputs(device) if op.error_inputs_func else ())]
     refused = [(sample.input, *sample.args) for sample in errors]
     for dtype in {d for d in vars(torch).values() if isinstance(d, torch.dtype)}:
-        with contextlib.suppress(Exception):  # of many there are no such tensors
+        with contextlib.suppress(Exception):  # many dtypes have no such tensors
             refused.append(tuple(torch.ones(s, device=device).to(dtype) for s in ((3, 4), (2, 4), (2,))))
     for tensors in refused:
         theirs = results(torchs, tensors)
@@ -125,7 +125,7 @@ def test_dtypes_that_torch_refuses(
 def test_derivatives_of_linear(
     name: str, route: Route, sampled: Callable[..., None], device: torch.device
 ) -> None:
-    """As PyTorch's test of gradients does it, with what the OpInfo says is supported."""
+    """The checks of PyTorch's test of gradients, as far as the OpInfo lists them as supported."""
     ours, _ = FUNCTIONS[name]
     op = op_info("nn.functional.linear")
     checks = {"check_grad_dtypes": True, "nondet_tol": op.gradcheck_nondet_tol, "fast_mode": True}
@@ -173,7 +173,7 @@ def test_derivatives_of_the_kernels(route: Route, sampled: Callable[..., None], 
 
 
 def transformed(function: Callable[..., torch.Tensor], tensors: Sample) -> Iterator[torch.Tensor]:
-    """One sample under each of torch.func's transforms that there is room for."""
+    """One sample under jvp, vjp and every vmap of torch.func."""
     tangents = tuple(torch.full_like(t, 0.5) for t in tensors)
     yield from torch.func.jvp(function, tensors, tangents)
     y, pull = torch.func.vjp(function, *tensors)
@@ -219,17 +219,17 @@ def test_fake_tensors_of_linear(
 
 
 @pytest.mark.capability(SECTION, "OpInfo `nn.functional.relu`, of a Linear with weight 1")
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # infinity times the 0 of padding
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # infinity times a padding of 0
 def test_samples_of_relu(route: Route, sampled: Callable[..., None], device: torch.device) -> None:
-    """A weight of one 1 leaves every value as it is before its ReLU, infinities and NaN too."""
+    """A weight of one 1 passes every value to the ReLU as it is, also infinities and NaN."""
     op = op_info("nn.functional.relu")
     interpreted = route.kernels and device.type == "cpu"
-    few = 1100 if interpreted else 10**9  # rows for which there is time
+    few = 1100 if interpreted else 10**9  # the most rows that are not too slow
     for dtype in KERNEL_DTYPES[: 2 if interpreted else 3]:
         one = torch.ones(1, 1, device=device, dtype=dtype)
-        for (sample,) in samples_of(op.name, device, dtype, False)[::2]:  # some have strides as it is
+        for (sample,) in samples_of(op.name, device, dtype, False)[::2]:  # some have other strides anyway
             if sample.numel() <= few:
-                x = sample.detach().requires_grad_()  # for torch asks for gradients of a few samples only
+                x = sample.detach().requires_grad_()  # torch's samples have gradients for few of them only
                 mine = results(lambda x, w=one: functional.linear_relu(x[..., None], w)[..., 0], [x])
                 assert (route.reasons[-1] is None) == route.kernels
                 for our, its in zip(mine, results(F.relu, [x]), strict=True):

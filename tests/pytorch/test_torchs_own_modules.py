@@ -1,6 +1,7 @@
-"""PyTorch's own descriptions of its modules, ModuleInfo, run on ours in their place.
+"""PyTorch's own descriptions of its modules, ModuleInfo, applied to our modules.
 
-What its test of modules asks: results, gradients and their derivatives, strides, copies, dtypes, modes, repr.
+They are checked as in PyTorch's test of modules: results, gradients and their derivatives, strides, copies,
+dtypes, modes, repr.
 The run prints at its end how many samples passed.
 """
 
@@ -24,7 +25,7 @@ pytestmark = NEEDS_EXPECTTEST
 
 
 class Subject(NamedTuple):
-    """Ours and torch's for the same arguments, those of a Linear, and whether a ReLU comes last."""
+    """How ours and torch's are made from the arguments of a Linear, and whether a ReLU comes last."""
 
     ours: Callable[..., tnn.Module]
     torchs: Callable[..., tnn.Module]
@@ -40,7 +41,7 @@ def torchs_mlp(inputs: int, outputs: int, **options: Any) -> tnn.Module:
 
 
 def lazy(inputs: int, outputs: int, **options: Any) -> tnn.Module:
-    """A Linear that learns of its inputs in the first call."""
+    """A LazyLinear and a ReLU, after the first call."""
     model = nn.Sequential(tnn.LazyLinear(outputs, **options), tnn.ReLU())
     torch.manual_seed(0)
     model(torch.zeros(1, inputs, dtype=options.get("dtype"), device=options.get("device")))
@@ -66,7 +67,7 @@ MODULES = {
 
 
 class Case(NamedTuple):
-    """A sample of a ModuleInfo with its two modules, of equal parameters."""
+    """A sample of a ModuleInfo, with our module and torch's, of equal parameters."""
 
     ours: tnn.Module
     torchs: tnn.Module
@@ -79,7 +80,7 @@ class Case(NamedTuple):
 def cases_of(
     name: str, device: torch.device, dtypes: Sequence[torch.dtype] = (), modes: Sequence[bool] = (True, False)
 ) -> Iterator[Case]:
-    """Every sample of the ModuleInfo of torch.nn.Linear, with gradients and without, training and not."""
+    """Every sample of the ModuleInfo of torch.nn.Linear, with and without gradients, in both modes."""
     info = module_info("nn.Linear")
     subject = MODULES[name]
     claimed = info.supported_dtypes(device.type)
@@ -106,12 +107,12 @@ def run(module: tnn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list
 
 
 def run_exactly(case: Case) -> list[Any]:
-    """torch's module in float64."""
+    """The results of torch's module in float64."""
     return run(copy.deepcopy(case.torchs).double(), *in_float64((case.args, case.kwargs)))
 
 
 def assert_case(case: Case, route: Route, args: Any = None, kwargs: Any = None) -> bool:
-    """The same output and gradients as torch's module; whether the kernels did it."""
+    """Assert the output and gradients of torch's module. Returns whether the kernels ran."""
     case = case if args is None else case._replace(args=args, kwargs=kwargs)
     mine, theirs = run(case.ours, case.args, case.kwargs), run(case.torchs, case.args, case.kwargs)
     fused = route.reasons[-1] is None
@@ -145,7 +146,7 @@ def test_samples_of_the_module(
 def test_derivatives_of_the_module(
     name: str, route: Route, sampled: Callable[..., None], device: torch.device
 ) -> None:
-    """Of the input and of the parameters, as PyTorch's test of modules does it."""
+    """The derivatives by the input and by the parameters, as in PyTorch's test of modules."""
     for case in cases_of(name, device, [torch.float64], modes=[True]):
         names = [name for name, _ in case.ours.named_parameters()]
 
@@ -228,7 +229,7 @@ def test_modules_with_a_linear_in_them(
     options = {"device": device, "dtype": torch.float32}
     for training in (True, False):
         samples = info.module_inputs_func(info, requires_grad=True, training=training, **options)
-        for sample in samples[:: 16 if route.kernels else 1]:  # a few, where kernels are interpreted
+        for sample in samples[:: 16 if route.kernels else 1]:  # only a few where kernels are interpreted
             arguments, call = sample.constructor_input, sample.forward_input
             torch.manual_seed(0)
             torchs = info.module_cls(*arguments.args, **{**arguments.kwargs, **options}).train(training)
@@ -240,6 +241,6 @@ def test_modules_with_a_linear_in_them(
             if None in ran:
                 exact = run(copy.deepcopy(torchs).double(), *in_float64((call.args, call.kwargs)))
             what = f"{name} {sample.desc} training={training}"
-            # Errors of several layers come together, and gradients are sums of larger ones.
+            # The errors of several layers add up, and gradients are sums of larger terms.
             assert_same(mine, theirs, exact, what, factor=4, floor=2**-19)
             sampled(f"ModuleInfo {name} after fuse", None in ran)

@@ -1,18 +1,18 @@
-"""Compare every classification model of torchvision, fused, with a copy of it from before: to the bit.
+"""Fuse every classification model of torchvision and compare it with an unfused copy, bit by bit.
 
-    python tests/support/all_models.py                 # all of torchvision's that fit, the smallest first
+    python tests/support/all_models.py                 # torchvision's that fit in memory, smallest first
     python tests/support/all_models.py resnet18 vit_b_16    # these two
-    python tests/support/all_models.py --timm               # twenty of timm's, each of a family of its own
+    python tests/support/all_models.py --timm               # twenty of timm's, each from another family
     python tests/support/all_models.py --timm --largest 10  # those with at most ten million parameters
 
-With random weights, in float32 on the CPU. These must be the same: outputs, gradients, parameters and buffers
-of a run in train mode; outputs in eval mode, with gradients and under no_grad, also of what pickle,
-torch.save and deepcopy make of the fused model; the keys of its state_dict, the names and class names of its
-modules, and its repr. unfuse must give the classes back. There are two images, of the smallest size from 64
-that the model takes. The copy runs twice: what differs between torch's own runs is called unsteady and is not
-compared. Where the package takes oneDNN's products (under no_grad, on AMD's CPUs from Zen 5 on), the error of
-those outputs, against float64, may be twice the copy's: the model is rounded, not the same. The exit status
-is 1 if anything differs.
+Weights are random; everything runs in float32 on the CPU. These must be the same: outputs, gradients,
+parameters and buffers of a run in train mode; outputs in eval mode, with gradients and under no_grad, also of
+the copies that pickle, torch.save and deepcopy make of the fused model; the keys of its state_dict, the names
+and class names of its modules, and its repr. unfuse must restore the classes. The input is two images of the
+smallest size from 64 that the model takes. The copy runs twice: results that differ between the two runs are
+called unsteady and are not compared. Where the package multiplies with oneDNN (under no_grad, on AMD's CPUs
+from Zen 5 on), the error of those outputs, against float64, may be twice the copy's; such a model is called
+rounded. The exit status is 1 if anything differs.
 """
 
 import argparse
@@ -40,16 +40,16 @@ TIMM = """ghostnet_050 mixer_s32_224 resmlp_12_224 gmlp_ti16_224 vit_tiny_patch1
 swin_tiny_patch4_window7_224 efficientnet_b0 mobilenetv3_small_050 xcit_nano_12_p16_224 cait_xxs24_224
 coat_lite_tiny crossvit_9_240 beit_base_patch16_224 maxvit_tiny_rw_224 volo_d1_224 poolformer_s12
 edgenext_xx_small hrnet_w18_small"""
-# From 64, as at 32 batch norm often has one pixel of each image: the gradients of two values are almost zero.
+# Smaller images leave batch norm with one pixel of each, where gradients are almost zero.
 SIZES = (64, 75, 96, 128, 160, 192, 224, 240, 256, 299, 384, 448)
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their size in bytes
 NO_GRAD = " under no_grad"
-Results = dict[str, Any]  # what is compared, by what to call it if it differs
+Results = dict[str, Any]  # what is compared, by its name in the report
 Make = Callable[[str], torch.nn.Module]
 
 
 def compare(model: torch.nn.Module, size: int) -> tuple[list[str], list[str]]:
-    """Fuse the model; what differs then from a copy of it from before, and remarks on what may differ."""
+    """Fuse the model. Return what differs from its unfused copy, and remarks on allowed differences."""
     twin = copy.deepcopy(model)
     looks, classes = looks_of(model), classes_of(model)
     before = [buffer.clone() for buffer in twin.buffers()]
@@ -85,7 +85,7 @@ def compare(model: torch.nn.Module, size: int) -> tuple[list[str], list[str]]:
 
 
 def results(model: torch.nn.Module, size: int, *, train: bool) -> Results:
-    """Of one run, outputs; in train mode also gradients of a sum of them, parameters and buffers after it."""
+    """The outputs of one run; in train mode also gradients of their sum, and parameters and buffers."""
     dtype = next(model.parameters()).dtype
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
     images.requires_grad_(train)
@@ -93,7 +93,7 @@ def results(model: torch.nn.Module, size: int, *, train: bool) -> Results:
     losses = []
     for with_grad in (True,) if train else (True, False):
         torch.manual_seed(0)
-        np.random.seed(0)  # with which timm's volo draws boxes
+        np.random.seed(0)  # timm's volo draws boxes with NumPy
         with torch.set_grad_enabled(with_grad):
             outputs = model.train(train)(images)
         mode = ("in train mode" if train else "in eval mode") + ("" if with_grad else NO_GRAD)
@@ -132,7 +132,7 @@ def differences(one: Results, other: Results) -> list[str]:
 
 def same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        # As integers, for which NaN equals itself and zero is not minus zero.
+        # Compared as integers, NaN equals itself and zero differs from minus zero.
         bits = [tensor.view(INTEGERS.get(tensor.element_size(), tensor.dtype)) for tensor in (one, other)]
         return one.dtype == other.dtype and torch.equal(*bits)
     return type(one) is type(other) and bool(one == other)
@@ -148,7 +148,7 @@ def copies(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def smallest_size(model: torch.nn.Module) -> int:
-    """By trial, as many models say only by an error what they do not take."""
+    """The smallest size that works, found by trial: many models tell only by an error what is too small."""
     for size in SIZES[:-1]:
         try:
             with torch.no_grad():
@@ -160,7 +160,7 @@ def smallest_size(model: torch.nn.Module) -> int:
 
 
 def parameters(make: Make, name: str) -> int:
-    """How many the model has, without the memory for them."""
+    """How many parameters the model has, counted on the meta device."""
     try:
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in make(name).parameters())
@@ -186,7 +186,7 @@ def main() -> int:
         make, names, known = timm.create_model, TIMM.split(), timm.list_models()
     if unknown := set(options.names) - set(known):
         parser.error(f"there are no such models: {', '.join(sorted(unknown))}")
-    torch.set_num_threads(1)  # sums in one order
+    torch.set_num_threads(1)  # results must not depend on the order of sums
     warnings.filterwarnings("ignore", module="torchvision|timm")
     millions = {name: parameters(make, name) / 1e6 for name in options.names or names}
     counts = dict.fromkeys(("same", "rounded", "differs", "failed", "left out"), 0)

@@ -1,4 +1,4 @@
-"""A stand-in for what ``torch.cuda`` has to do with graphs, so that the logic around it runs without a GPU.
+"""A stand-in for the CUDA graphs of ``torch.cuda``, so that the code that captures them runs without a GPU.
 
 It keeps the order in which torch 2.11 does things, and so what a failure at each point leaves half done.
 """
@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-# Where a capture can fail: before anything, once the allocator serves the graph's pool, in the code to be
-# captured, when the capture ends, after the pool has been ended, and when all but the graph itself is done.
+# Where a capture can fail: at the start; once the allocator serves the graph's pool; in the captured code;
+# when the capture ends; after the pool has been ended; when only the graph itself is left to make.
 POINTS = ("enter", "begin", "run", "end", "epilogue", "instantiate")
 
 
 class CardFailed(RuntimeError):
-    """What PyTorch raises where a capture goes wrong."""
+    """The error that PyTorch raises when a capture fails."""
 
 
 class Stream:
@@ -29,7 +29,7 @@ class Stream:
 
 
 class Generator:
-    """The default generator; from torch 2.12 on a failed capture leaves it usable."""
+    """The default generator. From torch 2.12 on it stays usable after a failed capture."""
 
     def __init__(self, card: "Card") -> None:
         self.card, self.capturing, self.device = card, False, torch.device("cpu")
@@ -58,7 +58,7 @@ class Graph:
 
 
 class Card:
-    """The state of the process that a capture must put back, and where the next capture shall fail."""
+    """The state of the process that a capture must restore, and the point at which the next capture fails."""
 
     def __init__(self) -> None:
         self.device = 0

@@ -1,4 +1,4 @@
-"""Run a command in the tests' own process, for tests that do not need a process of its own for it."""
+"""Run a command inside the tests' process, for tests that do not need a new process."""
 
 import contextlib
 import importlib

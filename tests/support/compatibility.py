@@ -1,4 +1,4 @@
-"""What works with PyTorch's tools and how, gathered from the tests that show it: docs/compatibility.md.
+"""Gather what works with PyTorch's tools from the tests that show it, and write docs/compatibility.md.
 
 A test with ``@pytest.mark.capability(section, name)`` and the fixture ``route`` runs on PyTorch's own path
 and, as far as can be, on the kernels; ``pytest --compatibility FILE`` writes the table of what became of it.
@@ -21,9 +21,10 @@ _SAMPLES = "samples"
 
 
 class Route:
-    """One run of a test: ``kernels`` says whether kernels run wherever they can, ``reasons`` what was said.
+    """One run of a test, on PyTorch's operators or with the kernels wherever they can run.
 
-    reasons: for each stretch of layers that ran, None if on the kernels, else why not.
+    kernels: whether kernels run wherever they can. reasons: for each chain of layers that ran, None if it ran
+    on the kernels, else why not.
     """
 
     def __init__(self, kernels: bool) -> None:
@@ -31,15 +32,15 @@ class Route:
         self.reasons: list[str | None] = []
 
     def note(self, run: backend_choice.Run) -> None:
-        if run.reason != "backend('torch') is in force":  # what a test compares with
+        if run.reason != "The caller chose backend('torch').":  # a run that a test compares with
             self.reasons.append(run.reason)
 
 
 @contextlib.contextmanager
 def taken(route: Route) -> Iterator[None]:
-    """Take this route, in this thread: other threads and processes of a test enter it for themselves."""
+    """Take this route in this thread. Other threads and processes of a test have to enter it themselves."""
     with pytest.MonkeyPatch.context() as patch, backend_choice.recorded(route.note):
-        if route.kernels:  # the layers here are far too small for "auto", and are on a CPU
+        if route.kernels:  # the layers in tests are too small for "auto", and may be on a CPU
             patch.setattr(predicate, "_why_not_worth_it", lambda *arguments: None)
             patch.setattr(predicate, "_interpreted", _interpreted)
         yield
@@ -47,7 +48,7 @@ def taken(route: Route) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
-    """Inside ``taken`` of the plain route: with nobody to be told, calls on a CPU take a shorter way."""
+    """Stop recording inside ``taken`` of the plain route: calls on a CPU then take a shorter path."""
     with backend_choice.recorded(None):  # type: ignore[arg-type]
         yield
 
@@ -58,10 +59,10 @@ def _interpreted(x: torch.Tensor) -> bool:
 
 @pytest.fixture(params=["plain", pytest.param("kernels", marks=pytest.mark.kernels)])
 def route(request: pytest.FixtureRequest) -> Iterator[Route]:
-    """The test runs twice: as on a CPU, and with the kernels wherever they can run."""
+    """Run the test twice: on PyTorch's operators, and with the kernels wherever they can run."""
     route = Route(request.param == "kernels")
     marker = request.node.get_closest_marker("capability")
-    if marker is not None:  # the report of the call carries the list as the test has filled it
+    if marker is not None:  # the report of the call contains the list that the test fills
         request.node.user_properties.append((_PROPERTY, [*marker.args, route.kernels, route.reasons]))
     with taken(route):
         yield route
@@ -72,14 +73,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         marker = item.get_closest_marker("capability")
         if marker is not None and item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            # It will be skipped before route is asked for, and is a row all the same.
+            # The test is skipped before its fixture route runs, but must be a row too.
             kernels = getattr(item, "callspec").params.get("route") == "kernels"  # noqa: B009  of a Function
             item.user_properties.append((_PROPERTY, [*marker.args, kernels, []]))
 
 
 @pytest.fixture
 def sampled(request: pytest.FixtureRequest, route: Route) -> Callable[..., None]:
-    """Called after each of PyTorch's own samples that came out right, so that the run can say how many."""
+    """Count one of PyTorch's own samples that came out right; the run prints the counts at its end."""
     counts: dict[str, list[int]] = {}
     request.node.user_properties.append((_SAMPLES, [route.kernels, counts]))
 
@@ -96,14 +97,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _short(reason: str) -> str:
-    """Without the shapes and dtypes of one case."""
-    reason = re.sub(r"^the shapes do not fit: .*", "the shapes do not fit", reason)
-    reason = re.sub(r"weights\[\d+\]", "weight", re.sub(r"biases\[\d+\]", "bias", reason))
-    return re.sub(r"^(weight|bias) is torch\.\w+, x torch\.\w+$", r"\1 and x differ in dtype", reason)
+    """The reason without the shapes and dtypes of one case."""
+    reason = re.sub(r"^The shapes do not fit: .*", "The shapes do not fit.", reason)
+    reason = re.sub(r" of layer \d+", "", reason)
+    differ = r"The \1 and the input differ in dtype."
+    return re.sub(r"^The (weight|bias) is torch\.\w+, and the input torch\.\w+\.$", differ, reason)
 
 
 class _Result:
-    """What became of all tests of one capability on one route."""
+    """The outcomes of all tests of one capability on one route."""
 
     def __init__(self) -> None:
         self.outcomes: set[str] = set()
@@ -120,12 +122,12 @@ class _Result:
             return f"not supported: {'; '.join(sorted(set(self.unsupported)))}"
         reasons = sorted({_short(reason) for reason in self.reasons if reason is not None})
         if None in self.reasons:
-            return "works fused" + (f"; in part PyTorch's own path: {'; '.join(reasons)}" if reasons else "")
-        return f"PyTorch's own path: {'; '.join(reasons)}" if reasons else "works; no layer runs"
+            return "works fused" + (f"; in part PyTorch's own path: {' '.join(reasons)}" if reasons else "")
+        return f"PyTorch's own path: {' '.join(reasons)}" if reasons else "works; no layer runs"
 
 
 def table(reports: list[pytest.TestReport]) -> str:
-    """The capabilities in the order of their sections' and own names, as Markdown."""
+    """A Markdown table of the capabilities, sorted by section and name."""
     results: dict[tuple[str, str], dict[bool, _Result]] = collections.defaultdict(
         lambda: collections.defaultdict(_Result)
     )
@@ -161,7 +163,7 @@ def table(reports: list[pytest.TestReport]) -> str:
 
 
 def how_many(reports: list[pytest.TestReport]) -> list[str]:
-    """A line for each of PyTorch's descriptions: how many samples passed, and how many on the kernels."""
+    """A line for each of PyTorch's descriptions: how many samples passed, and on which route."""
     totals: dict[str, list[int]] = {}
     for report in reports:
         for key, value in report.user_properties:
@@ -187,7 +189,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if file:
         kinds = ("passed", "failed", "skipped", "xfailed", "xpassed")
         reports = [report for kind in kinds for report in terminalreporter.stats.get(kind, [])]
-        reports = [report for report in reports if isinstance(report, pytest.TestReport)]  # no skipped file
+        reports = [report for report in reports if isinstance(report, pytest.TestReport)]  # no skipped files
         pathlib.Path(file).write_text(_HEAD + table(reports), encoding="utf-8")
         terminalreporter.write_line(f"wrote {file}")
 

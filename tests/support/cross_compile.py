@@ -1,4 +1,4 @@
-"""Compile every kernel, with every tile that ships, for one chip and report what the machine code says.
+"""Compile every kernel with every tile that ships for one chip, and report what its machine code uses.
 
     python tests/support/cross_compile.py linear_forward 90
 
@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from fusedmlp.kernels.launch import COMPILE_OPTIONS
 from fusedmlp.kernels.layer.forward import _linear_forward_kernel
-from fusedmlp.kernels.layer.grad_input import _grad_input_descriptor_kernel, _grad_input_kernel
+from fusedmlp.kernels.layer.grad_input import _grad_input_kernel
 from fusedmlp.kernels.layer.grad_weight import _grad_weights_kernel
 from fusedmlp.kernels.layer.relu_backward import BLOCK_M, BLOCK_N, NUM_WARPS, _relu_backward_kernel
 from fusedmlp.kernels.narrow.backward import BLOCK_C, _narrow_backward_kernel
@@ -34,18 +34,16 @@ from fusedmlp.kernels.narrow.forward import (
     _narrow_forward_kernel,
 )
 from fusedmlp.kernels.partial_sums import _add_up_kernel
-from fusedmlp.kernels.tiles import DESCRIPTOR_TILES, GROUP, IRREGULAR, ITEMSIZE, TILES, Tile
+from fusedmlp.kernels.tiles import GROUP, ITEMSIZE, TILES, UNALIGNED, Tile
+from fusedmlp.kernels.train_step.persistent import PERSISTENT_TILES, _steps_kernel, why_not_persistent
 from fusedmlp.kernels.train_step.step import (
-    PERSISTENT_TILES,
     ROWS_TILES,
     WEIGHTS_TILES,
     RowsTile,
     WeightsTile,
     _step_rows_kernel,
     _step_weights_kernel,
-    _steps_kernel,
     block_of,
-    why_not_persistent,
 )
 
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
@@ -62,9 +60,9 @@ class Spec(NamedTuple):
     num_warps: int = 4  # without a tile
 
 
-# What of an irregular product is not a multiple of 16, as Triton sees it: everything, or one odd size and
-# with it the pitches that are that size (784 -> 10: only N), or nothing, where strides are huge.
-IRREGULAR_SHAPES = ("all odd", "N odd", "K odd", "all even")
+# Which sizes of an unaligned product are not multiples of 16, as Triton sees them: all; one size with the
+# pitches equal to it (784 -> 10: only N); or none, where a product is unaligned because its strides are huge.
+UNALIGNED_SHAPES = ("all odd", "N odd", "K odd", "all even")
 
 
 def products(
@@ -74,11 +72,11 @@ def products(
     blocks: tuple[str, ...],
     variants: dict[str, dict[str, Any]],
 ) -> Iterator[Spec]:
-    """One of the three products, in every variant, with every tile and dtype; a stride of 1 is a constant."""
-    ships = [(kind, tile, "regular") for kind, tiles in TILES.items() for tile in tiles]
-    ships += [(kind, tile, shape) for kind, tile in IRREGULAR.items() for shape in IRREGULAR_SHAPES]
+    """One of the three products in every variant, with every tile and dtype. A stride of 1 is a constant."""
+    ships = [(kind, tile, "aligned") for kind, tiles in TILES.items() for tile in tiles]
+    ships += [(kind, tile, shape) for kind, tile in UNALIGNED.items() for shape in UNALIGNED_SHAPES]
     for (variant, given), (kind, tile, shape) in itertools.product(variants.items(), ships):
-        if "transposed" in variant and shape != "all odd":  # transposed operands are irregular
+        if "transposed" in variant and shape != "all odd":  # transposed operands are unaligned
             continue
         for dtype in DTYPES[kind]:
             multiple = "" if shape == "all odd" else ":16"
@@ -88,7 +86,7 @@ def products(
             arguments |= {name: "i32" for name, size in [*pitches.items(), (odd, odd)] if size == odd}
             arguments |= dict(zip(blocks, (tile.BLOCK_R, tile.BLOCK_C, tile.BLOCK_K, GROUP), strict=True))
             arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
-            arguments |= {"UPCAST": False, "WIDE": shape != "regular", "M": "i32"} | given
+            arguments |= {"UPCAST": False, "WIDE": shape != "aligned", "M": "i32"} | given
             if arguments.get("bias_ptr") == "like x":
                 arguments["bias_ptr"] = arguments["x_ptr"]
             name = f"{kernel.__name__} {dtype} {kind} {tuple(tile)} {shape} {variant}"
@@ -96,34 +94,8 @@ def products(
             yield Spec(name, kernel, arguments, kind, tile)
 
 
-def descriptor_products() -> Iterator[Spec]:
-    """grad_input with tensor descriptors."""
-    for kind, tiles in DESCRIPTOR_TILES.items():
-        for tile, dtype, relu, sums in itertools.product(tiles, DTYPES[kind], (True, False), (True, False)):
-            if sums and not relu:
-                continue
-            block = {"M": tile.BLOCK_R, "N": tile.BLOCK_K, "K": tile.BLOCK_C, "H": tile.BLOCK_C // 2}
-            arguments: dict[str, Any] = {
-                name: f"tensordesc<{dtype}[{block[of[0]]}, {block[of[1]]}]>"
-                for name, of in (
-                    ("grad_z_desc", "MN"), ("weight_desc", "NK"), ("y_desc", "MH"), ("grad_x_desc", "MH")
-                )
-            }  # fmt: skip
-            arguments |= {} if relu else {"y_desc": None}
-            arguments |= {
-                "M": "i32",
-                "N": "i32:16",
-                "K": "i32:16",
-                "partials_ptr": "*fp32:16" if sums else None,
-            }
-            arguments |= {f"BLOCK_{name}": block[name] for name in "MNK"}
-            arguments |= {"GROUP": GROUP, "UPCAST": False}
-            name = f"descriptors {dtype} {tuple(tile)} relu={relu} sums={sums}"
-            yield Spec(name, _grad_input_descriptor_kernel, arguments, kind, tile)
-
-
 def layers_like(count: str, dtype: str, out: str, shape: str) -> Any:
-    """So many layers as grad_weights passes them, or None; "one wide": of one output feature, a constant."""
+    """That many layers as grad_weights passes them, or None. "one wide": one output feature, a constant."""
     many = int(count or 0)
     aligned, even_N, even_K = (
         "" if odd else ":16" for odd in (shape == "all odd", shape in ("all odd", "N odd"), "K odd" in shape)
@@ -136,23 +108,27 @@ def layers_like(count: str, dtype: str, out: str, shape: str) -> Any:
 
 
 def grouped_products() -> Iterator[Spec]:
-    """grad_weights: layers that are regular, that are not, and both in one launch."""
+    """grad_weights: aligned layers, unaligned layers, and both in one launch."""
     for kind, tiles in TILES.items():
-        odd = IRREGULAR[kind]
+        odd = UNALIGNED[kind]
         ships = [(tile, layers, "all odd") for tile in tiles for layers in ("1", "3", "1+1", "2+2")]
         ships += [(tiles[0], "1+1", "one wide"), (odd, "0+3", "all odd")]
-        ships += [(odd, "0+1", shape) for shape in (*IRREGULAR_SHAPES, "one wide")]
-        # Parts of a sum are float32. In float32 the results are as well, and both ways are the same build.
+        ships += [(odd, "0+1", shape) for shape in (*UNALIGNED_SHAPES, "one wide")]
+        # Parts of a sum are float32. If the results are float32 too, both ways are the same build.
         ways = (True, False) if kind == "half" else (True,)
         for (tile, layers, shape), dtype, parts in itertools.product(ships, DTYPES[kind], ways):
-            regular, _, irregular = layers.partition("+")
+            aligned, _, unaligned = layers.partition("+")
             out = "*fp32:16" if parts else f"*{dtype}:16"
             blocks = {"BLOCK_N": tile.BLOCK_R, "BLOCK_K": tile.BLOCK_C, "BLOCK_M": tile.BLOCK_K}
-            blocks |= {"ODD_BLOCK_N": odd.BLOCK_R, "ODD_BLOCK_K": odd.BLOCK_C, "ODD_BLOCK_M": odd.BLOCK_K}
+            blocks |= {
+                "UNALIGNED_BLOCK_N": odd.BLOCK_R,
+                "UNALIGNED_BLOCK_K": odd.BLOCK_C,
+                "UNALIGNED_BLOCK_M": odd.BLOCK_K,
+            }
             bias_left: dict[str, Any] = {"grad_z_ptr": f"*{dtype}", "partials_ptr": "*fp32:16"}
             bias_left |= dict.fromkeys(("N", "stride_zm", "chunks", "rows_per_chunk"), "i32")
-            arguments = {"layers": layers_like(regular, dtype, out, "all even")}
-            arguments |= {"odd_layers": layers_like(irregular, dtype, out, shape)}
+            arguments = {"layers": layers_like(aligned, dtype, out, "all even")}
+            arguments |= {"unaligned_layers": layers_like(unaligned, dtype, out, shape)}
             arguments |= dict.fromkeys(("M", "splits", "rows_per_split"), "i32") | bias_left | blocks
             arguments |= {"GROUP": GROUP, "SUM_BLOCK_M": BLOCK_M, "SUM_BLOCK_N": BLOCK_N, "UPCAST": False}
             arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
@@ -160,8 +136,8 @@ def grouped_products() -> Iterator[Spec]:
             yield Spec(name, _grad_weights_kernel, arguments, kind, tile)
 
 
-# Networks for the training step, and what else is compiled in: MNIST's, in pixels; all of the widest; sizes
-# that are multiples of nothing.
+# Networks for the training step, with the other compile-time constants: MNIST from pixels; the deepest and
+# widest; sizes that are multiples of nothing.
 NETWORKS = {
     "mnist": ((784, 256, 128, 10), "cross_entropy", "adamw", "u8"),
     "widest": ((784, *[256] * 8, 256), "cross_entropy", "sgd", "fp16"),
@@ -185,7 +161,7 @@ def training_steps(which: str) -> Iterator[Spec]:
             tiles = [PERSISTENT_TILES[kind]]
         else:
             tiles = [(tile, WEIGHTS_TILES[kind]) for tile in ROWS_TILES[kind]]
-            if name == "even":  # for the persistent form, which does without the odd
+            if name == "even":  # only for the persistent form, which has no odd sizes
                 continue
         if which == "step_weights":
             tiles = tiles[:1]
@@ -194,14 +170,14 @@ def training_steps(which: str) -> Iterator[Spec]:
         ):
             tile = rows_tile if which == "step_rows" else weights_tile
             stored, master = (f"*{dtype}:16",) * layers, ("*fp32:16",) * layers
-            copies = stored if kind == "half" else (None,) * layers
+            low_precision = stored if kind == "half" else (None,) * layers
             squares = (None,) * layers if optimizer == "sgd" else master
             arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
             arguments |= {"x_ptr": f"*{x}:16", "index_ptr": "*i64:16", "scale": "fp32"}
             arguments |= {"target_ptr": "*fp32:16" if loss == "mse" else "*i64:16", "arrived_ptr": "*i32:16"}
             arguments |= {"weights": stored, "biases": master, "hidden": stored[1:], "grads": stored}
-            arguments |= {"parameters": (master, master, copies, master, master, squares, squares)}
-            arguments |= dict.fromkeys(("partials_ptr", "numbers_ptr", "losses_ptr"), "*fp32:16")
+            arguments |= {"parameters": (master, master, low_precision, master, master, squares, squares)}
+            arguments |= dict.fromkeys(("partials_ptr", "coefficients_ptr", "losses_ptr"), "*fp32:16")
             arguments["wrong_ptr"] = "*i64:16"
             arguments |= {"WIDTHS": widths, "BLOCKS": tuple(map(block_of, widths)), "LOSS": loss}
             arguments |= {"OPTIMIZER": optimizer, "NESTEROV": True, "UPCAST": False, "OVERLAP": False}
@@ -212,14 +188,14 @@ def training_steps(which: str) -> Iterator[Spec]:
             yield Spec(f"{which} {name} {dtype} {kind} {tuple(tile)}", kernel, arguments, kind, tile)
 
 
-# Chains of narrow layers: as many and as wide as they may be, MNIST's, and odd widths.
+# Chains of narrow layers: the deepest and widest allowed, MNIST's, and odd widths.
 DEEP, DEEP_IN_REGISTERS, MNIST, MNIST_WIDE, WIDE, ODD = (
     (128,) * 9, (128,) * 5, (784, 128, 128, 10), (784, 256, 128, 10), (256,) * 5, (127, 100, 127, 7)
 )  # fmt: skip
 
 
 def narrow(backward: bool) -> Iterator[Spec]:
-    """Chains in one launch, in every form: for inference, and for training with all that may be needed."""
+    """Chains in one launch, in every form: for inference, and for training with every result."""
     ships = [
         (kind, form, widths)
         for table, chains in (
@@ -232,7 +208,7 @@ def narrow(backward: bool) -> Iterator[Spec]:
     ]
     for kind, form, widths in ships:
         for dtype, training in itertools.product(DTYPES[kind], (True, False)):
-            # What varies most is compiled in full; float16 differs from bfloat16 in an instruction's name.
+            # Only MNIST's chains get every variant. float16 differs only in the name of an instruction.
             if (dtype == "fp16" or not training) and widths not in (MNIST, MNIST_WIDE):
                 continue
             L = len(widths) - 1
@@ -249,7 +225,7 @@ def narrow(backward: bool) -> Iterator[Spec]:
                 "weight_ptrs": (pointer,) * L,
             }
             if backward:
-                # Without what training asks for the first layer's input gradient and the last layer's ReLU.
+                # Not training: without the first layer's input gradient and the last layer's ReLU.
                 inside = (new,) * (L - 1) + (new if training else None,)
                 arguments |= {"grad_output_ptr": pointer, "y_ptrs": inside, "grad_z_ptrs": inside}
                 sums = tuple(None if one is None else "*fp32:16" for one in inside)
@@ -268,9 +244,33 @@ def narrow(backward: bool) -> Iterator[Spec]:
             yield Spec(name, kernel, arguments, kind, form)
 
 
+LAUNCHERS = [
+    "linear_forward",
+    "grad_input",
+    "grad_weights",
+    "relu_backward",
+    "narrow_forward",
+    "narrow_backward",
+    "step_rows",
+    "step_weights",
+    "steps",
+]
+
+
+def one_of_each() -> Iterator[Spec]:
+    """The first build of each kernel."""
+    seen = set()
+    for spec in itertools.chain.from_iterable(map(specs, LAUNCHERS)):
+        if spec.kernel not in seen:
+            seen.add(spec.kernel)
+            yield spec
+
+
 def specs(which: str) -> Iterator[Spec]:
     """Every build of one launcher."""
-    if which == "linear_forward":
+    if which == "one of each":
+        yield from one_of_each()
+    elif which == "linear_forward":
         layer: dict[str, Any] = {"RELU": True, "bias_ptr": "like x", "stride_b": 1, "stride_wk": 1}
         yield from products(
             _linear_forward_kernel,
@@ -297,8 +297,6 @@ def specs(which: str) -> Iterator[Spec]:
                 "grad_z transposed": layer | {"stride_zm": 1, "partials_ptr": "*fp32:16"},
             },
         )
-    elif which == "grad_input_descriptor":
-        yield from descriptor_products()
     elif which == "grad_weights":
         yield from grouped_products()
     elif which in ("narrow_forward", "narrow_backward"):
@@ -333,12 +331,12 @@ def specs(which: str) -> Iterator[Spec]:
 
 
 def build(spec: Spec, arch: int) -> dict[str, Any]:
-    """Compile for sm_<arch> and say what the assembler and the machine code say."""
+    """Compile for sm_<arch>, and return what ptxas reports and which instructions the machine code has."""
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
 
     def describe(value: Any, place: tuple[int, ...]) -> Any:
-        """The type of an argument as Triton writes it, its constants and alignments noted by place."""
+        """The type of an argument as Triton writes it. Its constants and alignments are noted by place."""
         compiled_in = spec.kernel.params[place[0]].is_constexpr
         if isinstance(value, tuple) and not compiled_in:
             return tuple(describe(part, (*place, i)) for i, part in enumerate(value))
@@ -355,14 +353,14 @@ def build(spec: Spec, arch: int) -> dict[str, Any]:
     if spec.tile is not None:
         options |= {"num_warps": spec.tile.num_warps, "num_stages": spec.tile.num_stages}
     log = io.StringIO()
-    with contextlib.redirect_stdout(log):  # Triton prints ptxas's log there
+    with contextlib.redirect_stdout(log):  # Triton prints ptxas's log to stdout
         source = ASTSource(spec.kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     report = log.getvalue()
     used = resources(report, compiled.metadata)
     if used is None:
         raise SystemExit(f"ptxas said nothing about {spec.name}:\n{report}")
-    table_says = 16 * 1024 if spec.tile is None else None  # of the other forms nothing is counted on
+    table_says = 16 * 1024 if spec.tile is None else None  # no limit is known for the other forms
     if isinstance(spec.tile, Tile):
         table_says = spec.tile.shared_memory(ITEMSIZE[spec.kind or ""])
     return used | {

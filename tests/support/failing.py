@@ -1,4 +1,4 @@
-"""Kernels that fail as Triton's do, put in the place of real ones, for the tests of what happens then."""
+"""Replace kernels by ones that fail as Triton's do, for the tests of what happens then."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -38,7 +38,7 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 
 
 class Failing:
-    """In place of a kernel: every launch, or only the one with this number, raises what Triton might."""
+    """Replaces a kernel: every launch, or only the one with this number, raises an error as Triton does."""
 
     def __init__(self, kernel: Any, error: Callable[[], Exception], number: int | None) -> None:
         self.kernel, self.error, self.number = kernel, error, number
@@ -52,19 +52,19 @@ class Failing:
         return self.kernel[grid]
 
     def run(self, *arguments: Any, **options: Any) -> Any:
-        """What builds a kernel on a GPU, and launches nothing."""
+        """Build the kernel on a GPU without launching it."""
         return self.kernel.run(*arguments, **options)
 
 
 def ours(caught: Iterable[warnings.WarningMessage]) -> list[str]:
-    """What this package warned of: Triton 3.6's interpreter makes NumPy warn in every launch."""
+    """The warnings of this package alone: Triton 3.6's interpreter makes NumPy warn in every launch."""
     return [str(one.message) for one in caught if one.category is RuntimeWarning]
 
 
 @pytest.fixture
 def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Failing]:
-    """``fail(module, name, error, number)`` makes a kernel fail; what that closes is open after the test."""
-    monkeypatch.setattr(predicate, "_closed", {})
+    """``fail(module, name, error, number)`` makes a kernel fail. After the test all kernels may run again."""
+    monkeypatch.setattr(predicate, "failed", {})
 
     def put(module: Any, name: str, error: Callable[[], Exception], number: int | None = None) -> Failing:
         failing = Failing(getattr(module, name), error, number)

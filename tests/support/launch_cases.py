@@ -1,4 +1,4 @@
-"""The calls of launch_path.py: every launcher of fusedmlp.kernels, with what specialises its kernels.
+"""The calls of launch_path.py: every launcher of fusedmlp.kernels, in every specialisation of its kernels.
 
 Tensors are on the CPU, whose addresses pass for the device's. Nothing computes, so sizes cost nothing.
 """
@@ -10,11 +10,7 @@ from typing import NamedTuple
 import torch
 
 from fusedmlp.kernels import mlp_backward, mlp_forward
-from fusedmlp.kernels.launch import is_regular, setting_of
-from fusedmlp.kernels.layer.grad_input import grad_input
-from fusedmlp.kernels.partial_sums import add_up
-from fusedmlp.kernels.tiles import DESCRIPTOR_TILES
-from fusedmlp.kernels.train_step import step
+from fusedmlp.kernels.train_step import persistent, step
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 MNIST = (784, 256, 128, 10)
@@ -24,7 +20,7 @@ EVERY = (80, 86, 89, 90, 100, 120)
 
 
 class Case(NamedTuple):
-    """Each build takes a second or two: what only varies a kernel goes to one chip or two."""
+    """One call. Each build takes a second or two: variants of a kernel are built for a chip or two only."""
 
     name: str
     call: Callable[[], None]
@@ -32,7 +28,7 @@ class Case(NamedTuple):
 
 
 def later(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """The function's call as something to call later."""
+    """Make calls of the function into functions without arguments that make the call."""
     return functools.wraps(function)(lambda *args, **kwargs: functools.partial(function, *args, **kwargs))
 
 
@@ -72,17 +68,6 @@ def chain(
 
 
 @later
-def descriptors(relu: bool) -> None:
-    """grad_input with the largest of the tiles that are read through tensor descriptors."""
-    grad_z, weight, y = (torch.zeros(512, 512, dtype=BFLOAT) for _ in range(3))
-    sums: list[tuple[torch.Tensor, torch.Tensor]] = []
-    tile = DESCRIPTOR_TILES["half"][0]
-    regular = is_regular(grad_z)
-    grad_input(grad_z, weight, y if relu else None, relu, regular, setting_of(grad_z), sums, tile)
-    add_up(sums)
-
-
-@later
 def in_tf32(call: Callable[[], None]) -> None:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
@@ -118,7 +103,7 @@ def training(
     none: tuple[tuple[None, ...], tuple[None, ...]] = ((None,) * len(layers), (None,) * len(layers))
     workspace = step.workspace_for(widths, rows, dtype, torch.device("cpu"))
     squares = none if optimizer == "sgd" else of_parameters()
-    parameters = step.Parameters(*of_parameters(), workspace.copies, *of_parameters(), *squares)
+    parameters = step.Parameters(*of_parameters(), workspace.low_precision, *of_parameters(), *squares)
     network = step.Network(widths, loss, optimizer, nesterov=optimizer == "sgd")
     examples = 2 * rows
     x = torch.zeros(examples, widths[0], dtype=torch.uint8 if pixels else FLOAT)
@@ -126,16 +111,16 @@ def training(
     target = torch.zeros(examples, widths[-1])
     if loss == "cross_entropy":
         target = torch.zeros(examples, dtype=torch.int64)
-    numbers, losses = torch.zeros(4, 2 * len(layers), 8), torch.zeros(4)
+    coefficients, losses = torch.zeros(4, 2 * len(layers), 8), torch.zeros(4)
     scale = 1 / 255 if pixels else 1.0
-    state = target, parameters, network, numbers, losses
+    job = step.Job(x, index, target, parameters, network, coefficients, losses, workspace, scale)
     if how == "steps":
-        # Two batches and a ragged one.
-        step.train_steps(x, index, 0, 2 * rows, rows - 3, *state, workspace, scale)
+        # Two full batches and a shorter one.
+        persistent.train_steps(job, 0, 2 * rows, rows - 3)
         return
     if how == "built and step":
-        step.build_step(x, index, rows, *state, workspace, scale)
-    step.train_step(x, index, 1, rows, *state, 2, workspace, scale, how == "overlap")
+        step.build_step(job, rows)
+    step.train_step(job, 1, rows, 2, how == "overlap")
 
 
 TO_10 = (784, 512, 10)
@@ -196,7 +181,4 @@ CASES = (
         (86, 89, 100, 120),
     ),
     Case("steps, TF32, SGD", in_tf32(training(FLOAT, 128, SHALLOW, "mse", "sgd", how="steps")), (80,)),
-    # sm_120 has tensor descriptors, and too little shared memory for every tile that is read through them.
-    Case("descriptors, ReLU and sums", descriptors(relu=True), (90, 100)),
-    Case("descriptors, plain", descriptors(relu=False), (90,)),
 )

@@ -1,4 +1,4 @@
-"""Call every launcher of fusedmlp.kernels as the package does, on a CUDA driver that is a stub, for one chip.
+"""Call every launcher of fusedmlp.kernels as the package does, for one chip, on a stub of the CUDA driver.
 
     python tests/support/launch_path.py record 90
 
@@ -26,7 +26,6 @@ from machine_code import SHARED_MEMORY, resources
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fusedmlp.kernels
 from fusedmlp.kernels import launch
@@ -34,14 +33,14 @@ from fusedmlp.kernels.layer import forward as forward_module
 from fusedmlp.kernels.layer.forward import linear_forward
 from fusedmlp.kernels.partial_sums import _add_up_kernel
 from fusedmlp.kernels.tiles import Tile, cdiv
-from fusedmlp.kernels.train_step import step
+from fusedmlp.kernels.train_step import persistent
 
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 MOST_LAUNCHES, MOST_PARAMETERS = 1024, 512  # as in libcuda_stub.c
 
 
 class Launch(ctypes.Structure):
-    """What the stub writes down of a launch, as in libcuda_stub.c."""
+    """What the stub records of a launch, as in libcuda_stub.c."""
 
     _fields_ = (
         ("name", ctypes.c_char * 256),
@@ -72,7 +71,7 @@ class Stub:
         self.library.stub_refuse(error)
 
     def refuse_modules(self, error: int) -> None:
-        """The same for every kernel that is to be loaded."""
+        """From now on refuse to load any kernel with this error; 0: no longer."""
         self.library.stub_refuse_modules(error)
 
     def launches(self) -> list[Launch]:
@@ -81,7 +80,7 @@ class Stub:
 
 
 class Driver(CudaDriver):  # type: ignore[misc]
-    """Triton's own driver, but for what that asks of PyTorch, which has no GPU."""
+    """Triton's own driver without its calls of PyTorch, which sees no GPU here."""
 
     def __init__(self, arch: int) -> None:
         self.utils = CudaUtils()
@@ -108,11 +107,11 @@ class Driver(CudaDriver):  # type: ignore[misc]
 
 
 def pretend(arch: int) -> Stub:
-    """From now on tensors on the CPU are for the kernels tensors on a GPU of this architecture."""
+    """Make the kernels take tensors on the CPU for tensors on a GPU of this architecture."""
     stub = Stub(arch)
     triton.runtime.driver.set_active(Driver(arch))
     limits = launch.Device(MULTIPROCESSORS[arch], SHARED_MEMORY[arch])
-    launch.device_limits = step.device_limits = lambda index: limits  # type: ignore[assignment]
+    launch.device_limits = persistent.device_limits = lambda index: limits  # type: ignore[assignment]
     torch.cuda.current_device = lambda: None  # type: ignore[assignment,return-value]  # the index of "cpu"
     torch.cuda.device = contextlib.nullcontext  # type: ignore[assignment,misc]
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -121,7 +120,7 @@ def pretend(arch: int) -> Stub:
 
 
 def every_kernel() -> list[JITFunction]:
-    """All that launchers launch: the JIT functions of fusedmlp.kernels that no other one calls."""
+    """All kernels that can be launched: the JIT functions of fusedmlp.kernels that no other one calls."""
     found: dict[str, JITFunction] = {}
     for module in pkgutil.walk_packages(fusedmlp.kernels.__path__, "fusedmlp.kernels."):
         for value in vars(import_module(module.name)).values():
@@ -131,15 +130,13 @@ def every_kernel() -> list[JITFunction]:
     return [kernel for name, kernel in found.items() if name not in called]
 
 
-def passed_on(value: Any, type_: Any) -> Iterator[int | None]:
-    """What a kernel gets of one argument, as numbers; None for a tensor map, of which nothing is known."""
+def passed_on(value: Any, type_: Any) -> Iterator[int]:
+    """The parameters that a kernel gets for one argument, as numbers."""
     if isinstance(type_, tuple):
         for part, of_part in zip(value, type_, strict=True):
             yield from passed_on(part, of_part)
-    elif type_ == "constexpr":  # compiled in, as None and 1 are
+    elif type_ == "constexpr":  # None and 1 are compiled in as well
         return
-    elif isinstance(value, TensorDescriptor):
-        yield from (None, *value.shape, *value.strides)
     elif isinstance(value, torch.Tensor):
         yield value.data_ptr()
     elif type_ == "fp32":
@@ -149,7 +146,7 @@ def passed_on(value: Any, type_: Any) -> Iterator[int | None]:
 
 
 def meant_grid(name: str, given: dict[str, Any]) -> int | tuple[int, int] | None:
-    """The grid with which each part of the work is one program's; None for kernels that any grid serves.
+    """The grid in which each program has one part of the work; None for kernels that work with any grid.
 
     given: the kernel's arguments and options by name. The other kernels' programs loop over the work.
     """
@@ -168,7 +165,7 @@ def meant_grid(name: str, given: dict[str, Any]) -> int | tuple[int, int] | None
 
 
 class Recorder:
-    """Watches Triton's JIT: what a launch was asked for, what was built for it, what reached the driver."""
+    """Records each launch through Triton's JIT: its arguments, what was built, what reached the driver."""
 
     def __init__(self, stub: Stub) -> None:
         self.stub = stub
@@ -188,7 +185,7 @@ class Recorder:
     ) -> Any:
         before = len(self.stub.launches())
         log = io.StringIO()
-        with contextlib.redirect_stdout(log):  # Triton prints ptxas's report there
+        with contextlib.redirect_stdout(log):  # Triton prints ptxas's report to stdout
             compiled = self._run(kernel, *args, grid=grid, warmup=warmup, **options)
         if not any(compiled is one for one in self.built):
             used = resources(log.getvalue(), compiled.metadata)
@@ -228,7 +225,7 @@ def differences(
         for value, type_ in zip(args, compiled.src.signature.values(), strict=False)  # options come last
         for number in passed_on(value, type_)
     ]
-    scratch = [0, 0]  # two addresses that Triton adds, of memory for which no kernel of ours asks
+    scratch = [0, 0]  # two addresses of scratch memory that Triton adds; our kernels need none
     comparisons: dict[str, tuple[Any, Any]] = {
         "grid": (list(launch.grid), [*grid, 1, 1][:3]),
         "block": (list(launch.block), [32 * options["num_warps"], 1, 1]),
@@ -240,13 +237,13 @@ def differences(
     }
     wrong = [f"{what} {got}, not {asked}" for what, (got, asked) in comparisons.items() if got != asked]
     for i, (asked, got) in enumerate(zip([*values, *scratch], launch.values, strict=False)):
-        if asked is not None and asked != got:
+        if asked != got:
             wrong.append(f"parameter {i} is {got}, not {asked}")
     return wrong
 
 
 def record(arch: int, stub: Stub) -> Iterator[dict[str, Any]]:
-    """What every case of this chip builds and launches, and which kernels there are."""
+    """Yield what every case of this chip builds and launches, then which kernels there are."""
     recorder = Recorder(stub)
     for case in launch_cases.CASES:
         if arch in case.chips:
@@ -261,7 +258,7 @@ def record(arch: int, stub: Stub) -> Iterator[dict[str, Any]]:
 
 
 def refusals(arch: int, stub: Stub) -> Iterator[dict[str, Any]]:
-    """What is raised where Triton or the driver refuses a kernel; and whether a launch works afterwards."""
+    """Yield what is raised where a kernel is refused, and whether a launch works afterwards."""
     x = torch.zeros(64, 64, dtype=torch.float16)
     setting = launch.setting_of(x)
 
@@ -286,7 +283,7 @@ def refusals(arch: int, stub: Stub) -> Iterator[dict[str, Any]]:
             stub.refuse_modules(0)
 
     def built_only(tile: Tile) -> None:
-        """What build_step does: kernels are compiled and loaded by build in place of launch."""
+        """Compile and load kernels without launching them, as build_step does."""
         forward_module.launch = launch.build
         try:
             forward(tile)
@@ -306,7 +303,7 @@ def refusals(arch: int, stub: Stub) -> Iterator[dict[str, Any]]:
         return _add_up_kernel[grid]((sums,), (out,), (5,), (8,), BLOCK_P=8, BLOCK=256, num_warps=4, **given)
 
     def with_much_shared_memory() -> None:
-        """More than the driver was asked to allow, which Triton does for a kernel that needs it."""
+        """Launch with more shared memory than the driver has been asked to allow."""
         compiled = add_up(1)
         warps, programs, _ = compiled.packed_metadata
         compiled.packed_metadata = warps, programs, 49153
@@ -348,7 +345,7 @@ def refusals(arch: int, stub: Stub) -> Iterator[dict[str, Any]]:
 
 def raised_by(call: Callable[[], Any]) -> Exception:
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # Triton prints ptxas's report there
+        with contextlib.redirect_stdout(io.StringIO()):  # Triton prints ptxas's report to stdout
             call()
     except Exception as error:
         return error

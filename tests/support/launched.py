@@ -1,4 +1,4 @@
-"""What the tests of launchers share: their tensors, bounds of errors, and memory that shows a stray write."""
+"""What the tests of launchers share: their tensors, bounds of errors, and memory that shows stray writes."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ INTERPRETED = not torch.cuda.is_available()
 
 
 def bounds(dtype: torch.dtype) -> dict[str, float]:
-    """The interpreter truncates to bfloat16 where a GPU rounds to nearest: twice the error, by itself."""
+    """Bounds of errors. The interpreter truncates to bfloat16, which alone doubles the error of rounding."""
     if dtype == torch.bfloat16 and INTERPRETED:
         return {"factor": 4.0, "floor": torch.finfo(dtype).eps}
     return {}
 
 
 def tensors_of(arguments: Any) -> list[torch.Tensor]:
-    """Those in a launcher's arguments or results, in order, out of lists and tuples too."""
+    """All tensors in a launcher's arguments or results, in order, also those in lists and tuples."""
     if isinstance(arguments, torch.Tensor):
         return [arguments]
     return [t for a in arguments for t in tensors_of(a)] if isinstance(arguments, list | tuple) else []
@@ -30,7 +30,7 @@ def as_double(argument: Any) -> Any:
 
 
 class Canaries(TorchDispatchMode):
-    """Puts every new tensor between canaries, full of NaN: what is not written, or past the end, shows."""
+    """Fills every new tensor with NaN and puts it between canaries: missing and stray writes show."""
 
     PAD, CANARY = 2**16, 12345.0  # more than a tile's rows past the end
 

@@ -1,4 +1,4 @@
-"""What every compiled kernel must keep to, for the tests that compile: what ptxas says, the chips' limits."""
+"""The limits of the chips, and what ptxas and the machine code tell of a build."""
 
 import pathlib
 import re
@@ -8,16 +8,16 @@ import tempfile
 from collections import Counter
 from typing import Any
 
-REGISTERS = 65536  # of a multiprocessor: a program with more cannot be launched
+REGISTERS = 65536  # on one multiprocessor; a program with more cannot be launched
 TENSOR_MEMORY_COLUMNS = 512
 KB = 1024
-# Of sm_<number>: the most that one program may use.
+# The most shared memory that one program may use, by the number of sm_<number>.
 SHARED_MEMORY = {80: 163 * KB, 86: 99 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB, 120: 99 * KB}
 SMALLEST_SHARED_MEMORY = min(SHARED_MEMORY.values())
 
 
 def resources(report: str, metadata: Any) -> dict[str, Any] | None:
-    """What one build uses, from ptxas's report and Triton's metadata; None if the report does not say it."""
+    """What one build uses, from ptxas's report and Triton's metadata; None if the report lacks it."""
     used = re.search(r"Used (\d+) registers", report)
     stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     if not used or not stack:
@@ -34,10 +34,10 @@ def resources(report: str, metadata: Any) -> dict[str, Any] | None:
 
 
 def too_much(build: dict[str, Any], shared_memory: int) -> list[str]:
-    """Which limits a build passes, in words. shared_memory: the bytes that a program may use."""
+    """Which limits a build exceeds, in words. shared_memory: the bytes that a program may use."""
     found = []
-    # Triton checks none of the first four. Each is a cliff: registers spilled to memory, wgmma instructions
-    # that ptxas serialised, and a body that ptxas replaced by a trap.
+    # Triton checks none of the first four, which make a kernel fail or much slower: too many registers,
+    # registers spilled to memory, wgmma instructions that ptxas serialised, a body replaced by a trap.
     if -(-build["registers"] // 8) * 8 * build["threads"] > REGISTERS:
         found.append(f"{build['registers']} registers for each of {build['threads']} threads")
     if build["spills"]:
@@ -53,7 +53,7 @@ def too_much(build: dict[str, Any], shared_memory: int) -> list[str]:
     return found
 
 
-# What ptxas makes of the multiplications of PTX.
+# The machine instructions into which ptxas translates the multiplications of PTX.
 SASS_OF = {"mma.sync": "HMMA", "wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA", "fma.rn.f32": "FFMA"}
 MULTIPLY = (*SASS_OF.values(), "UTCQMMA", "FFMA2")
 _disassembled: set[tuple[Any, ...]] = set()

@@ -1,13 +1,13 @@
-"""What the tests of test_torchs_own.py and test_torchs_own_modules.py share."""
+"""PyTorch's own descriptions of operators and modules, and what the tests that run them share."""
 
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import oracle
 import pytest
 import torch
-from oracle import assert_right
 from torch.utils._pytree import tree_map_only
 
 Sample = tuple[torch.Tensor, ...]
@@ -22,13 +22,13 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @functools.cache
 def databases() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The OpInfos and the ModuleInfos by name; imported only here, for it takes seconds."""
+    """The OpInfos and the ModuleInfos by name. They are imported only here, because that takes seconds."""
     flag = "__allow_nonbracketed_mutation_flag"
     before = getattr(torch.backends, flag)
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import module_db
 
-    setattr(torch.backends, flag, before)  # the import forbids setting torch.backends' flags, to all tests
+    setattr(torch.backends, flag, before)  # the import forbids all tests to set flags of torch.backends
     ops = {op.name: op for op in op_db if not op.variant_test_name}
     return ops, {info.name: info for info in module_db}
 
@@ -55,7 +55,7 @@ def results(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> lis
 
 
 def in_float64(sample: Any) -> Any:
-    """The same with every tensor of floating point, wherever in it, in float64."""
+    """The same sample with every floating-point tensor in it in float64."""
 
     def convert(t: torch.Tensor) -> torch.Tensor:
         return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
@@ -64,17 +64,9 @@ def in_float64(sample: Any) -> Any:
 
 
 def assert_same(
-    ours: list[Any], torchs: list[Any], exact: list[Any] | None, what: str, **tolerance: float
+    ours: list[Any], torchs: list[Any], exact: list[Any] | None, what: str, **bounds: float
 ) -> None:
-    """The same bits, strides too; or, with exact results given, as right as torch's."""
-    assert len(ours) == len(torchs), what
-    for i, (our, its) in enumerate(zip(ours, torchs, strict=True)):
-        if isinstance(its, type):
-            assert our is its, what
-        elif exact is not None:
-            if its.dtype == torch.bfloat16 and not its.is_cuda:
-                tolerance = {"floor": torch.finfo(torch.bfloat16).eps}  # the interpreter rounds it otherwise
-            assert_right(our, its, exact[i], f"{what}: result {i}", **tolerance)
-        else:
-            same = {"rtol": 0, "atol": 0, "equal_nan": True, "check_stride": True}
-            torch.testing.assert_close(our, its, **same, msg=lambda message: f"{what}: {message}")
+    """`oracle.assert_same`. Triton's interpreter truncates to bfloat16, where PyTorch rounds to nearest."""
+    if any(isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16 and not t.is_cuda for t in torchs):
+        bounds = {"floor": torch.finfo(torch.bfloat16).eps}
+    oracle.assert_same(ours, torchs, exact, what, **bounds)

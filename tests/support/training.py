@@ -13,7 +13,7 @@ import fusedmlp
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 CROSS_ENTROPY, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
 
-# All that the direct route knows.
+# Every kind of optimizer that the direct route supports.
 OPTIMIZERS: dict[str, Optimizer] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
     "SGD, weight decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.05),
@@ -48,7 +48,7 @@ def batches(
 
 
 def plain(model: nn.Module, loss_fn: Any, optimizer: torch.optim.Optimizer, x: Any, y: Any) -> torch.Tensor:
-    """The loop of every course."""
+    """One step of the ordinary training loop."""
     optimizer.zero_grad()
     loss: torch.Tensor = loss_fn(model(x), y)
     loss.backward()
@@ -71,14 +71,14 @@ class Twins:
         return plain(self.twin, self.loss_fn, self.twins, x, y)
 
     def train(self, data: Any, route: str | None = None) -> None:
-        """Both by the same batches; their losses must agree, and the last be on the named route."""
+        """Train both on the same batches. Losses must agree; the last step must take the named route."""
         for x, y in data:
             said = self.step.explain(x, y)
             assert_close(self.step(x, y), self.plain(x, y))
         assert route is None or said.startswith(route), said
 
     def assert_same(self) -> None:
-        """Parameters, and all of the optimizer's state."""
+        """Assert that parameters and all of the optimizer's state agree."""
         assert_close(self.model.state_dict(), self.twin.state_dict())
         ours, theirs = self.optimizer.state_dict(), self.twins.state_dict()
         assert ours["param_groups"] == theirs["param_groups"]
@@ -90,12 +90,12 @@ class Twins:
 
 
 def assert_close(ours: Any, theirs: Any) -> None:
-    """In float64, where no formula but the right one agrees so closely; NaN for NaN."""
+    """Assert close agreement in float64, where a wrong formula cannot agree so closely. NaN equals NaN."""
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11, equal_nan=True)
 
 
 def written(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Parameters and state."""
+    """The tensors that a step writes to, by name: parameters and the optimizer's state."""
     found: dict[str, torch.Tensor] = dict(model.named_parameters())
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():

@@ -169,7 +169,7 @@ from fusedmlp.torch_tools import cuda_graph
 
 device = torch.device("cuda", torch.cuda.current_device())
 x = torch.randn(64, 64, device=device)
-older, noise = _cuda_graph.capture(lambda: torch.rand(8, device=device), device)  # draws at each replay
+older, noise = cuda_graph.capture(lambda: torch.rand(8, device=device), device)  # draws at each replay
 usual = torch.cuda.current_stream()
 
 def looks(): return x * 2 if (x @ x).sum().item() > 0 else x
@@ -182,8 +182,8 @@ allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved(
 for failing in (looks, raises, lost, looks):
     state = torch.cuda.get_rng_state()
     try:
-        _cuda_graph.capture(failing, device)
-    except _cuda_graph.CaptureFailed as failure:
+        cuda_graph.capture(failing, device)
+    except cuda_graph.CaptureFailed as failure:
         print(failing.__name__, failure)
     else:
         raise SystemExit(f"{failing.__name__} was captured")
@@ -201,7 +201,7 @@ for failing in (looks, raises, lost, looks):
     gc.collect(); torch.cuda.synchronize(); torch.cuda.empty_cache()
     assert torch.cuda.memory_allocated() <= allocated + 4096, torch.cuda.memory_allocated() - allocated
     assert torch.cuda.memory_reserved() <= reserved + 2**21, torch.cuda.memory_reserved() - reserved
-    graph, product = _cuda_graph.capture(lambda: x @ x, device)
+    graph, product = cuda_graph.capture(lambda: x @ x, device)
     graph.replay()
     torch.testing.assert_close(product, x @ x)
     torch.ones(3).pin_memory().to(device, non_blocking=True)

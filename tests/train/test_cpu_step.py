@@ -42,6 +42,7 @@ def peak(run: Callable[[], object]) -> int:
     return most
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 64, 2048])
 @pytest.mark.parametrize("name", ["SGD", "SGD, momentum", "Adam"])
@@ -198,7 +199,7 @@ class TestBfloat16:
             mlp(dtype=torch.float32, widths=WIDTHS), OPTIMIZERS["SGD"], compute_dtype=torch.bfloat16
         )
         x, y = data(31)
-        assert "Not in bfloat16: below 32 rows" in twins.step.explain(x, y)
+        assert "Not in bfloat16: Below 32 rows" in twins.step.explain(x, y)
         torch.testing.assert_close(twins.step(x, y), twins.plain(x, y), rtol=1e-6, atol=1e-6)
         x, y = data(32)
         assert "Products in bfloat16" in twins.step.explain(x, y)

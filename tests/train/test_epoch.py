@@ -107,7 +107,7 @@ def test_loss_that_is_not_finite_is_named_with_its_step(value: float) -> None:
     bad = int(torch.randperm(12, generator=seeded(3))[7])
     y[bad] = value
     with pytest.warns(
-        RuntimeWarning, match=f"the loss is {value} at step 3 of this epoch, of 0 to 5"
+        RuntimeWarning, match=f"The loss is {value} at step 3 of this epoch, of 0 to 5"
     ) as caught:
         losses = step.epoch(x, y, 2, seeded(3))
     assert caught[0].filename == __file__

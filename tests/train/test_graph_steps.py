@@ -217,7 +217,7 @@ def test_a_failed_capture_costs_one_warning_and_no_step(
         steps.graphs.seen.clear()
         steps.train(3)
     with pytest.warns(
-        RuntimeWarning, match=f"the step runs eagerly: .*CardFailed: failed at {point}"
+        RuntimeWarning, match=f"runs without a CUDA graph from now on. .*CardFailed: failed at {point}"
     ) as caught:
         assert steps.train(1) == [True]
     assert len(caught) == 1

@@ -149,8 +149,10 @@ def test_neither_two_launches_nor_a_graph_pass_over_a_node(
 
     def reasons() -> list[str | None]:
         with fusedmlp.backend("triton"):
-            two = step._recipe_for_two_launches(x, y)
-        return [two if isinstance(two, str) else None, graph_step.why_not(model, MSE, step._optimizer, x, y)]
+            route, _, refused = step._route(x, y)
+        two = refused.get("in two launches")
+        assert (two is None) == (route == "in two launches")
+        return [two, graph_step.why_not(model, MSE, step._optimizer, x, y)]
 
     assert reasons() == [None, None]
     node = hooked(model[2].bias, [])

@@ -158,8 +158,11 @@ def test_explain_names_it_and_who_insists_is_refused(name: str, monkeypatch: pyt
     patch(name, monkeypatch, [])
     with taken(Route(True)):
         rows = fusedmlp.explain(model, x).rows
-    assert {row.reason for row in rows} == {f"{name} was replaced"}
-    with fusedmlp.backend("triton"), pytest.raises(RuntimeError, match=f"but {name} was replaced"):
+    assert {row.reason for row in rows} == {f"The function {name} was replaced."}
+    with (
+        fusedmlp.backend("triton"),
+        pytest.raises(RuntimeError, match=rf"cannot run here\. The function {name} was replaced\."),
+    ):
         model(x)
 
 
@@ -185,7 +188,9 @@ def test_a_step_calls_what_replaced_torchs(
         assert len(calls) == 2 * count
         x, y = data[2][0].float(), data[2][1]
         patched.setattr(cuda_graph, "why_not_capture", lambda: None)
-        assert graph_step.why_not(model, loss_fn, twins.optimizer, x, y) == f"{name} was replaced"
+        assert (
+            graph_step.why_not(model, loss_fn, twins.optimizer, x, y) == f"The function {name} was replaced."
+        )
     twins.train(data[3:], "Direct")
     twins.assert_same()
 

@@ -12,7 +12,7 @@ from torch import nn
 from training import CROSS_ENTROPY, MSE, OPTIMIZERS, assert_close, mlp, plain
 
 import fusedmlp
-from fusedmlp.train import recipe
+from fusedmlp.train import recipe, shared_memory
 
 Case = tuple[nn.Sequential, torch.optim.Optimizer, torch.Tensor, torch.Tensor]
 WIDTHS = (6, 6, 6, 6)
@@ -246,7 +246,7 @@ def test_not_in_two_launches(kind: Callable[[Case], Case], device: torch.device)
         assert step.explain(x, y).startswith("Two launches")
         _, _, x, y = kind((model, made, x, y))
         assert "memory" in step.explain(x, y)
-        assert isinstance(step._recipe_for_two_launches(x, y, rows=4), str)
+        assert "memory" in step._route(x, y, rows=4)[2]["in two launches"]
 
 
 def numbers(tensor: torch.Tensor) -> set[int]:
@@ -276,7 +276,7 @@ def test_what_shares_a_number_is_found(data: st.DataObject) -> None:
 
     pieces = [piece() for _ in range(data.draw(st.integers(1, 4)))]
     apart = all(numbers(one).isdisjoint(numbers(two)) for one, two in itertools.combinations(pieces, 2))
-    spans = recipe.memory_of(pieces)
+    spans = shared_memory.memory_of(pieces)
     assert (spans is not None) == apart
     if spans is not None:
         x = view()

@@ -138,11 +138,15 @@ ARGUMENTS: dict[str, tuple[tuple[Any, Any, Any], type[Exception], str]] = {
         TypeError,
         r"loss_fn is called .*got torch.optim.sgd.SGD; the order is TrainStep\(model, loss_fn, optimizer\)",
     ),
-    "loss first": ((CROSS_ENTROPY, MODEL, OPTIMIZER), TypeError, "model is a loss, .*the order is"),
+    "loss first": (
+        (CROSS_ENTROPY, MODEL, OPTIMIZER),
+        TypeError,
+        "model must be a network, got a loss, .*the order is",
+    ),
     "optimizer first": (
         (OPTIMIZER, MODEL, CROSS_ENTROPY),
         TypeError,
-        "model is a torch.nn.Module, got .*SGD",
+        "model must be a torch.nn.Module, got .*SGD",
     ),
     "a loss class": (
         (MODEL, nn.CrossEntropyLoss, OPTIMIZER),
@@ -158,14 +162,14 @@ ARGUMENTS: dict[str, tuple[tuple[Any, Any, Any], type[Exception], str]] = {
     "a function for a model": (
         (torch.relu, CROSS_ENTROPY, OPTIMIZER),
         TypeError,
-        "model is a torch.nn.Module",
+        "model must be a torch.nn.Module",
     ),
     "a loss by name": ((MODEL, "mse", OPTIMIZER), TypeError, "got str; the order is"),
     "a loss that is None": ((MODEL, None, OPTIMIZER), TypeError, "got NoneType"),
     "parameters for an optimizer": (
         (MODEL, MSE, list(MODEL.parameters())),
         TypeError,
-        "optimizer is one of torch.optim's or like it, got list; the order is",
+        "optimizer must be one of torch.optim's or like it, got list; the order is",
     ),
     "a scheduler for an optimizer": (
         (MODEL, MSE, torch.optim.lr_scheduler.StepLR(sgd(MODEL.parameters()), 1)),
@@ -195,9 +199,9 @@ def test_a_clear_error_when_it_is_made(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"accumulate": 2.0}, TypeError, "accumulate is an integer, got 2.0, a float"),
-        ({"accumulate": 0}, ValueError, "accumulate is 1 or more, got 0"),
-        ({"accumulate": "4"}, TypeError, "accumulate is an integer, got '4', a str"),
+        ({"accumulate": 2.0}, TypeError, "accumulate must be an integer, got 2.0, a float"),
+        ({"accumulate": 0}, ValueError, "accumulate must be 1 or more, got 0"),
+        ({"accumulate": "4"}, TypeError, "accumulate must be an integer, got '4', a str"),
     ],
 )
 def test_options(options: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -262,20 +266,20 @@ EPOCHS: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         Y.numpy(),
         {},
         TypeError,
-        "images is a torch.Tensor, got numpy.ndarray; torch.from_numpy",
+        "images must be a torch.Tensor, got numpy.ndarray; torch.from_numpy",
     ),
-    "labels in an array": (X, Y.numpy(), {}, TypeError, "labels is a torch.Tensor, got numpy.ndarray"),
-    "a list": (X.tolist(), Y, {}, TypeError, "images is a torch.Tensor, got list$"),
+    "labels in an array": (X, Y.numpy(), {}, TypeError, "labels must be a torch.Tensor, got numpy.ndarray"),
+    "a list": (X.tolist(), Y, {}, TypeError, "images must be a torch.Tensor, got list$"),
     "a loader": (LOADER, None, {}, TypeError, "with a DataLoader, loop: for x, y in loader: step"),
     "a size that is no integer": (
         X,
         Y,
         {"batch_size": 32.0},
         TypeError,
-        "batch_size is an integer, got 32.0",
+        "batch_size must be an integer, got 32.0",
     ),
-    "no size": (X, Y, {"batch_size": None}, TypeError, "batch_size is an integer, got None"),
-    "size 0": (X, Y, {"batch_size": 0}, ValueError, "batch_size is 1 or more, got 0"),
+    "no size": (X, Y, {"batch_size": None}, TypeError, "batch_size must be an integer, got None"),
+    "size 0": (X, Y, {"batch_size": 0}, ValueError, "batch_size must be 1 or more, got 0"),
     "nothing left": (
         X,
         Y,

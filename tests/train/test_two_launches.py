@@ -190,9 +190,9 @@ def test_an_epoch_goes_in_two_launches(device: torch.device, monkeypatch: pytest
     launched: list[tuple[int, int]] = []
     train_step = kernels.train_step
 
-    def noted(x: Any, index: Any, first: int, rows: int, *rest: Any, **options: Any) -> None:
+    def noted(job: Any, first: int, rows: int, *rest: Any, **options: Any) -> None:
         launched.append((first, rows))
-        train_step(x, index, first, rows, *rest, **options)
+        train_step(job, first, rows, *rest, **options)
 
     monkeypatch.setattr(kernels, "train_step", noted)
     model = network(device)
@@ -260,7 +260,7 @@ def test_why_not(device: torch.device) -> None:
         assert text.startswith("Ordinary")
         return text.split("Not in two launches: ")[1]
 
-    assert "clipped" in reason(clip_grad_norm=1.0)
+    assert "Gradients are clipped" in reason(clip_grad_norm=1.0)
     assert "accumulated" in reason(accumulate=2)
     assert "GradScaler" in reason(scaler=torch.amp.GradScaler(device.type, enabled=False))
     assert "20 columns" in reason(x=x[:, :7])
@@ -350,12 +350,12 @@ def test_what_is_not_known_goes_as_in_the_loop(name: str, device: torch.device) 
 
 
 LISTENING: dict[str, tuple[Callable[[str], Any], str]] = {
-    "autocast": (lambda kind: torch.autocast(kind, torch.bfloat16), "autocast"),
-    "anomaly detection": (lambda kind: torch.autograd.set_detect_anomaly(True, check_nan=False), "anomaly"),
+    "autocast": (lambda kind: torch.autocast(kind, torch.bfloat16), "Autocast"),
+    "anomaly detection": (lambda kind: torch.autograd.set_detect_anomaly(True, check_nan=False), "Anomaly"),
     "a mode": (lambda kind: TorchDispatchMode(), "TorchDispatchMode"),
     "hooks on what is saved": (lambda kind: torch.autograd.graph.save_on_cpu(), "saved tensors"),
-    "no_grad": (lambda kind: torch.no_grad(), "grad mode is off"),
-    "inference mode": (lambda kind: torch.inference_mode(), "grad mode is off"),
+    "no_grad": (lambda kind: torch.no_grad(), "Grad mode is off"),
+    "inference mode": (lambda kind: torch.inference_mode(), "Grad mode is off"),
 }
 
 

@@ -88,7 +88,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(predicate, "_interpreted", lambda x: True)
     monkeypatch.setattr(train_step, "_is_on", on)
-    monkeypatch.setattr(train_step.TrainStep, "_why_not_graph", lambda *arguments: "graphs are left out here")
+    monkeypatch.setattr(fusedmlp.TrainStep, "_why_not_graph", lambda *arguments: "graphs are left out here")
 
 
 BOTH = ("_step_rows_kernel", "_step_weights_kernel")
@@ -112,7 +112,7 @@ def test_a_step_that_fails_is_done_another_way(
         caught += here
         assert_right(loss, *twins.loops(x, y), floor=1e-5)
     assert failing.launches == 2
-    assert [text.split(":")[0] for text in ours(caught)] == ["training goes on without the two-launch step"]
+    assert [text.split(":")[0] for text in ours(caught)] == ["Training goes on without the two-launch step"]
     assert [w.filename for w in caught if w.category is RuntimeWarning] == [__file__]
     assert f"Not in two launches: the Triton kernel {kernel[1:-7]} failed with RuntimeError" in before
     twins.assert_same()
@@ -234,9 +234,9 @@ def test_an_epoch_that_cannot_be_captured_goes_launch_by_launch(
     def run() -> None:
         card.fail("run")
 
-    with pytest.warns(RuntimeWarning, match=f"an epoch goes launch by launch, .* failed at {point}"):
+    with pytest.warns(RuntimeWarning, match=f"An epoch goes launch by launch, .* failed at {point}"):
         assert not two_launches._capture(run, torch.device("cuda", 0))
     card.assert_healthy()
     said = twins.step.explain(*batch(device))
     assert said.startswith("Two launches")
-    assert f"not as a CUDA graph: capturing it raised CardFailed: failed at {point}." in said
+    assert f"not as a CUDA graph: Capturing it raised CardFailed: failed at {point}." in said

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from available import HAS_TRITON
+from commands import call
 
 import fusedmlp
+from fusedmlp import __main__
 from fusedmlp.dispatch import backend_choice
-from fusedmlp.tuning import measure, result
+from fusedmlp.tuning import measure, result, timing
 
 if not HAS_TRITON:
     pytest.skip("Triton is not installed: no kernels to measure", allow_module_level=True)
@@ -112,7 +114,7 @@ def test_one_launch_for_a_chain_is_tried(
         one = any(name.startswith("narrow") for name in names)
         return {"ours": 1.0 if one is faster else 2.0, "torch": 3.0}
 
-    monkeypatch.setattr(measure, "_wall_times", times)
+    monkeypatch.setattr(timing, "wall_times", times)
     tuned = fusedmlp.tune([shape], torch.float32)
     assert [s.in_one for s in tuned.stretches] == [faster, faster, *[False] * 4]  # the chain, and its layers
     assert [s.us for s in tuned.stretches] == [1.0, 1.0, *[2.0 if faster else 1.0] * 4]
@@ -144,10 +146,10 @@ def test_a_wrong_launch_for_all_layers_is_told_of_and_never_chosen(
 
     monkeypatch.setattr(room, name, wrong)
     timings = iter([2.0, 1.0])  # if it were timed, it would be chosen
-    monkeypatch.setattr(measure, "_wall_times", lambda *_: {"ours": next(timings), "torch": 3.0})
+    monkeypatch.setattr(timing, "wall_times", lambda *_: {"ours": next(timings), "torch": 3.0})
     tuning = measure.Tuning(torch.device("cpu" if INDEX is None else "cuda"), torch.float32, False)
     try:
-        stretch = tuning._stretch("training", 20, (16, 32, 7), False)
+        stretch, _ = tuning._chain("training", 20, (16, 32, 7), False)
     finally:
         tuning_table.disagree(INDEX)
     assert not stretch.in_one
@@ -177,7 +179,7 @@ def test_mistakes_change_nothing(args: Any, error: Any, message: str, users_file
 
 
 def test_refused_where_the_kernels_cannot_run(users_file: pathlib.Path) -> None:
-    with pytest.raises(RuntimeError, match="they cannot run: x is on the meta"):
+    with pytest.raises(RuntimeError, match=r"tune cannot run here\. The input is on the meta device"):
         fusedmlp.tune([(8, 16, 16)], device="meta")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     code = "import fusedmlp; fusedmlp.tune([(8, 16, 16)])"
@@ -185,7 +187,7 @@ def test_refused_where_the_kernels_cannot_run(users_file: pathlib.Path) -> None:
         [sys.executable, "-c", code], env=environment | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True,
     )  # fmt: skip
-    assert "RuntimeError: tune measures the kernels, and they cannot run: x is on the cpu" in run.stderr
+    assert "RuntimeError: tune cannot run here. The input is on the CPU" in run.stderr
 
 
 @pytest.mark.gpu
@@ -255,6 +257,7 @@ def test_two_processes_at_once_lose_nothing(users_file: pathlib.Path, tmp_path: 
     assert sorted(p.suffix for p in users_file.parent.iterdir()) in ([".json"], [".json", ".lock"])
 
 
+@pytest.mark.slow
 @pytest.mark.kernels
 def test_many_writers_at_once_lose_nothing(users_file: pathlib.Path) -> None:
     """The same with nothing but writing, twenty times each."""
@@ -267,7 +270,7 @@ def test_many_writers_at_once_lose_nothing(users_file: pathlib.Path) -> None:
         "    one = measure.Tuning(torch.device(sys.argv[2]), torch.float32, False)\n"
         "    tile = one.kernels.tiles.TILES['ieee'][0]\n"
         "    key = 'forward', 'ieee', 16, 16 * (int(sys.argv[1]) * 20 + i + 1), 16\n"
-        "    one.found.products[key] = one.table.Product(tile, 1.0, 1.0)\n"
+        "    one.found.products[key] = one.tuning_table.Product(tile, 1.0, 1.0)\n"
         "    one._save()\n"
     )
     device = "cpu" if INDEX is None else "cuda:0"
@@ -367,13 +370,12 @@ def test_command_line(users_file: pathlib.Path) -> None:
     assert "forward 8 x 16 -> 7" in run.stdout
     assert f"saved in {users_file}" in run.stdout
     for wrong, said in ((["8,x,16"], "invalid literal"), (["8,16"], "got (8, 16)"), ([], "required")):
-        run = subprocess.run([*command, *wrong], capture_output=True, text=True)
+        run = call(__main__.main, "tune", *wrong)
         assert run.returncode == 2
         assert said in run.stderr
-    run = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    run = call(__main__.main, "tune", "--help")
     assert "example: python -m fusedmlp tune 4096,784,256,128,10" in run.stdout
-    run = subprocess.run([*command[:-1], "--help"], capture_output=True, text=True)
-    assert "tune" in run.stdout
+    assert "tune" in call(__main__.main, "--help").stdout
 
 
 @pytest.mark.kernels

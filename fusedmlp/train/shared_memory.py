@@ -1,0 +1,43 @@
+"""Which tensors share memory: a step that updates one tensor must not change another one on the way."""
+
+import operator
+from bisect import bisect_right
+from typing import NamedTuple
+
+from torch import Tensor
+
+# map calls these for every tensor of a step, which is faster than a loop.
+_data_ptr, _nbytes = Tensor.data_ptr, operator.attrgetter("nbytes")
+_LAST = 2**64  # no address is as large
+
+
+class Spans(NamedTuple):
+    """Pieces of memory that do not overlap, as (address, size in bytes), in the order of their addresses."""
+
+    pieces: list[tuple[int, int]]
+
+    def touch(self, tensor: Tensor) -> bool:
+        """Whether the strided tensor, or a gap between its rows, lies in one of the pieces."""
+        if tensor.is_contiguous():
+            size = tensor.nbytes
+        else:
+            steps = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            size = (sum(steps) + 1) * tensor.itemsize if tensor.numel() > 0 else 0
+        start = tensor.data_ptr()
+        after = bisect_right(self.pieces, (start, _LAST))  # the first piece that begins after start
+        return size > 0 and (
+            (after > 0 and sum(self.pieces[after - 1]) > start)
+            or (after < len(self.pieces) and self.pieces[after][0] < start + size)
+        )
+
+
+def memory_of(tensors: list[Tensor]) -> Spans | None:
+    """Where these contiguous tensors lie, or None if two of them share memory."""
+    # The address of a tensor without elements is 0, whatever it is a view of.
+    pieces = sorted(zip(map(_data_ptr, tensors), map(_nbytes, tensors), strict=True))
+    end = 0
+    for start, size in pieces:
+        if start < end:
+            return None
+        end = start + size
+    return Spans(pieces)
