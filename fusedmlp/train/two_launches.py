@@ -246,7 +246,7 @@ class _Run(NamedTuple):
         self, index: Tensor | None, first: int, rows: int, losses: Tensor, i: int, number: int
     ) -> None:
         # The second launch also does the optimizer's step: it updates weights and Adam's moments, all of them
-        # in self.parameters, in place. See _update in kernels/train_step/weights.py.
+        # in self.parameters, in place. See update in kernels/train_step/optimizers.py.
         _kernels().train_step(self._job(index, losses), first, rows, i, number=number)
 
     def build(self, index: Tensor, rows: int, losses: Tensor) -> None:

@@ -193,7 +193,7 @@ def stretches(
 
 
 @pytest.mark.parametrize(("us", "worth"), [(50, True), (97, True), (99, False), (100, False), (200, False)])
-def test_a_measured_stretch_goes_where_it_was_faster(us: float, worth: bool, install: Install) -> None:
+def test_a_measured_chain_goes_where_it_was_faster(us: float, worth: bool, install: Install) -> None:
     install({}, stretches(us))
     model, x = chain(torch.device("cpu"))
     weights, biases = [m.weight for m in model[::2]], [m.bias for m in model[::2]]  # type: ignore[index]

@@ -254,7 +254,7 @@ def test_stretches(case: str, path: str, device: torch.device) -> None:
     assert_same_run(model, plain, x)
 
 
-def test_a_layer_used_twice_ends_a_stretch() -> None:
+def test_a_layer_used_twice_ends_a_chain() -> None:
     shared = nn.Linear(7, 7)
     x = torch.randn(4, 7)
     assert stretches(layers(shared, "r", "l", "r", shared, "r", "l"), x) == ["2+", "2"]
@@ -266,7 +266,7 @@ def test_a_layer_used_twice_ends_a_stretch() -> None:
 @pytest.mark.parametrize(
     ("index", "expected"), [(0, ["1", "2"]), (1, ["1", "2"]), (2, ["1+", "1", "1"]), (3, ["2", "1"])]
 )
-def test_a_hook_on_a_member_ends_a_stretch(index: int, expected: list[str]) -> None:
+def test_a_hook_on_a_member_ends_a_chain(index: int, expected: list[str]) -> None:
     model = layers(*"lrlrl")
     handle = model[index].register_forward_hook(lambda *_: None)
     assert stretches(model, torch.randn(4, 7)) == expected

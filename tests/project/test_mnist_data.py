@@ -114,6 +114,7 @@ def test_folder_that_cannot_be_written_is_one_sentence(mnist_data, tmp_path):
         mnist_data.load_mnist(tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_two_processes_may_unpack_at_once(mnist_data, tmp_path):
     code = "import pathlib, sys, mnist_data; mnist_data.load_mnist(pathlib.Path(sys.argv[1]))"
     both = [

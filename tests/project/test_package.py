@@ -5,6 +5,7 @@ import graphlib
 import importlib.metadata
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -178,22 +179,16 @@ def test_public_names_and_version() -> None:
     assert fusedmlp.__version__ == importlib.metadata.version("fusedmlp")
 
 
-# A room is a folder or module at the top of fusedmlp/. It imports only from these rooms and from itself.
-MAY_IMPORT: dict[str, set[str]] = {
-    "__init__": {"_checkout", "convert", "dispatch", "functional", "inspection", "nn", "train", "tuning"},
-    "__main__": {"dispatch", "functional", "fusedmlp", "inspection", "nn", "torch_tools", "tuning"},
-    "inspection": {"convert", "dispatch", "nn", "torch_tools"},
-    "train": {"dispatch", "nn", "torch_tools"},
-    "convert": {"dispatch", "functional", "nn", "torch_tools"},
-    "tuning": {"dispatch", "functional", "torch_tools"},
-    "nn": {"dispatch", "functional", "torch_tools"},
-    "functional": {"dispatch", "torch_tools"},
-    "dispatch": {"torch_tools"},
-    "torch_tools": set(),
-    "_checkout": set(),
-    "_version": set(),
-}
 PACKAGE = ROOT / "fusedmlp"
+
+
+def may_import() -> dict[str, set[str]]:
+    """For each room the rooms that it may import from, as the table in docs/architecture.md says."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", page, re.MULTILINE)
+    rooms = {room: set(re.findall(r"`(\w+)`", allowed)) for room, allowed in rows}
+    everything = {*rooms, "fusedmlp", "_checkout"}
+    return rooms | {"__main__": everything, "__init__": everything, "_checkout": set(), "_version": set()}
 
 
 def imported(path: pathlib.Path) -> set[str]:
@@ -218,16 +213,39 @@ def imported(path: pathlib.Path) -> set[str]:
 def test_imports_point_one_way() -> None:
     """Imports between rooms are those of the table, a room has no circles, and kernels import no room."""
     graph: dict[str, set[str]] = {}
+    allowed = may_import()
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         rooms = {name.split(".")[0] for name in imported(path)}
-        assert rooms <= MAY_IMPORT[parts[0]] | {parts[0], "_version"}, path
+        assert rooms <= allowed[parts[0]] | {parts[0], "_version"}, path
         if len(parts) == 2 and parts[1] != "__init__":
             inside = {name for name in imported(path) if name.startswith(f"{parts[0]}.")}
             graph[".".join(parts)] = inside
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
     for path in (ROOT / "kernels").rglob("*.py"):
         assert not imported(path), path
+
+
+def test_the_map_names_what_exists() -> None:
+    """Every file in docs/architecture.md exists, and holds the functions that the page says are in it."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+    def found(name: str) -> pathlib.Path | None:
+        return next((f / name for f in (ROOT, PACKAGE) if (f / name).exists()), None)
+
+    for name in re.findall(r"`((?:[\w.]+/)+(?:\w+\.\w+)?)`", page):
+        assert found(name), name
+    holds = re.findall(r"((?:`[\w.]+`(?:,| and|)\s+)+)in\s+`((?:\w+/)+\w+\.py)`", page)
+    assert len(holds) > 5
+    for names, file in holds:
+        source = found(file)
+        assert source is not None, file
+        for name in re.findall(r"`([\w.]+)`", names):
+            own = name.split(".")[-1]
+            assert re.search(rf"\b(def|class) {own}\b|^{own}\b", source.read_text(), re.MULTILINE), (
+                name,
+                file,
+            )
 
 
 def test_rooms_say_what_they_are_for() -> None:

@@ -215,7 +215,9 @@ class Features(Dataset[Any]):
 @pytest.mark.capability(
     SECTION, "`DataLoader` workers by fork, spawn and forkserver, a fused model in them too"
 )
-@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"], indirect=True)
+@pytest.mark.parametrize(
+    "context", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)], indirect=True
+)
 def test_data_loaders(context: Any, route: compatibility.Route, device: torch.device) -> None:
     data = Features(step("MLP", 1).model, route.kernels)
     start = fusedmlp.MLP(4, [8], 2).state_dict()

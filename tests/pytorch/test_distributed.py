@@ -439,6 +439,7 @@ def check_checkpoint(folder: str, which: str, from_torch: bool, sharded: bool) -
     same(target(x), source(x))
 
 
+@pytest.mark.thinned
 @pytest.mark.capability("Distributed", "`torch.distributed.checkpoint`: torch.nn's model and ours, both ways")
 @pytest.mark.parametrize("sharded", [True, False], ids=["to sharded", "to plain"])
 @pytest.mark.parametrize("from_torch", [True, False], ids=["from torch.nn", "to torch.nn"])
@@ -502,6 +503,7 @@ CHECKPOINTED: dict[str, Callable[[torch.nn.Module, torch.Tensor], Any]] = {
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.capability("Distributed", "activation checkpointing, of whole models and of blocks")
 @pytest.mark.parametrize("converted", [False, True], ids=["nn", "fuse"])
 @pytest.mark.parametrize("how", CHECKPOINTED)

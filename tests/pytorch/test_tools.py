@@ -273,6 +273,7 @@ def train(
     return torch.stack(losses)
 
 
+@pytest.mark.thinned
 @pytest.mark.capability(SECTION, "optimizers: SGD, Adam, AdamW, also fused and foreach, LBFGS")
 @pytest.mark.parametrize("network", ["LinearReLU", "MLP", "fused"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -8,7 +8,7 @@ import collections
 import contextlib
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -96,12 +96,78 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--compatibility", metavar="FILE", help="write the table of capabilities to this file")
 
 
-def _short(reason: str) -> str:
-    """The reason without the shapes and dtypes of one case."""
-    reason = re.sub(r"^The shapes do not fit: .*", "The shapes do not fit.", reason)
-    reason = re.sub(r" of layer \d+", "", reason)
-    differ = r"The \1 and the input differ in dtype."
-    return re.sub(r"^The (weight|bias) is torch\.\w+, and the input torch\.\w+\.$", differ, reason)
+# For each kind of reason: its label, a pattern of the reasons, and the note that explains it below the table.
+_NOTES = (
+    (
+        "no GPU",
+        "needs a CUDA device",
+        "The test needs a CUDA device, and no run of the tests has had one yet.",
+    ),
+    ("dtype", "There are kernels for", "The kernels compute in float32, float16 and bfloat16 only."),
+    ("mixed dtypes", "is torch.*, and the input torch", "The input and a parameter differ in dtype."),
+    (
+        "shapes",
+        "The shapes do not fit",
+        "The shapes do not fit. PyTorch's operators raise their usual error.",
+    ),
+    (
+        "device",
+        "on the .* device|on the CPU|is on .*, and the input on",
+        "Not all tensors are on one CUDA GPU.",
+    ),
+    (
+        "kind of tensor",
+        "not a plain torch.Tensor|A weight is None",
+        "An argument is not a plain `torch.Tensor`: a subclass, a wrapped or fake tensor, or something else.",
+    ),
+    ("layout", "sparse or nested", "A tensor is sparse or nested, or a lazy conjugate or negative."),
+    (
+        "mode",
+        "TorchFunctionMode|TorchDispatchMode",
+        "A `TorchFunctionMode` or `TorchDispatchMode` is active, and sees only PyTorch's own functions.",
+    ),
+    (
+        "torch.func",
+        "torch.func transform",
+        "A `torch.func` transform (`vmap`, `grad`, `jvp`, ...) is active.",
+    ),
+    ("forward mode", "Forward-mode differentiation", "Forward-mode differentiation is active."),
+    (
+        "tracing",
+        "is tracing this call|the graph is of",
+        "The graph that is traced or exported has only PyTorch's (or ONNX's) own operators, so that it runs "
+        "without fusedmlp.",
+    ),
+    (
+        "hooks",
+        "hooks|hook on every",
+        "A hook must see the output of the Linear, so its ReLU runs separately.",
+    ),
+    (
+        "inference mode",
+        "In inference mode",
+        "The model's own `forward` calls the ReLU. In inference mode it cannot be fused with the Linear.",
+    ),
+    (
+        "replaced",
+        "was replaced",
+        "A tool has replaced one of PyTorch's own functions, and the layers call that.",
+    ),
+    (
+        "exact type",
+        "exact type",
+        "The tool compares the exact type of a module: call `fusedmlp.unfuse(model, built=True)` first.",
+    ),
+)
+
+
+def _labels(reasons: Iterable[str]) -> str:
+    """The labels of these reasons, in parentheses. A reason without a label stands for itself."""
+    found = {
+        next((label for label, pattern, _ in _NOTES if re.search(pattern, reason)), reason)
+        for reason in reasons
+    }
+    return f" ({', '.join(sorted(found))})" if found else ""
 
 
 class _Result:
@@ -115,15 +181,15 @@ class _Result:
 
     def __str__(self) -> str:
         if not self.outcomes:
-            return f"not run: {'; '.join(dict.fromkeys(self.skipped))}" if self.skipped else "not run"
+            return f"not run{_labels(self.skipped)}"
         if "failed" in self.outcomes:
             return "**fails**"
         if self.unsupported:
-            return f"not supported: {'; '.join(sorted(set(self.unsupported)))}"
-        reasons = sorted({_short(reason) for reason in self.reasons if reason is not None})
+            return f"not supported{_labels(self.unsupported)}"
+        labels = _labels(reason for reason in self.reasons if reason is not None)
         if None in self.reasons:
-            return "works fused" + (f"; in part PyTorch's own path: {' '.join(reasons)}" if reasons else "")
-        return f"PyTorch's own path: {' '.join(reasons)}" if reasons else "works; no layer runs"
+            return f"fused, in part PyTorch{labels}" if labels else "fused"
+        return f"PyTorch{labels}" if labels else "works"
 
 
 def table(reports: list[pytest.TestReport]) -> str:
@@ -152,13 +218,15 @@ def table(reports: list[pytest.TestReport]) -> str:
                 "",
                 f"## {section}",
                 "",
-                "| capability | where the kernels can run | on a CPU |",
+                "| Feature | With the kernels | On a CPU |",
                 "|---|---|---|",
             ]
             before = section
-        plain = routes[False]
-        cpu = "works" if str(plain).startswith(("PyTorch's", "works")) else str(plain)
+        plain = str(routes[False])
+        cpu = "works" if plain.startswith("PyTorch") else plain
         lines.append(f"| {name} | {routes[True]} | {cpu} |")
+    lines += ["", "## Notes", "", "| Note | Meaning |", "|---|---|"]
+    lines += [f"| {label} | {note} |" for label, _, note in _NOTES]
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
@@ -194,10 +262,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"wrote {file}")
 
 
-_HEAD = """# What works with PyTorch's tools, and how
+_HEAD = """# What works with PyTorch's tools
 
-Written by `pytest --compatibility docs/compatibility.md`, from the tests that show each row; none is by hand.
-*Works fused*: on the kernels, here in Triton's interpreter where there is no GPU. *PyTorch's own path*: as
-without this package, for the reason given. *Not supported*: for the reason given.
+`pytest --compatibility docs/compatibility.md` writes this page from the tests that show each row.
+
+- **fused**: the layers run on the kernels (in Triton's interpreter where there is no GPU).
+- **PyTorch**: the layers run on PyTorch's own operators, as they would without this package.
+- **works**: the results are those of `torch.nn`; on a CPU all layers run on PyTorch's operators.
+- The words in parentheses say why. The [notes](#notes) at the end explain them.
 
 """

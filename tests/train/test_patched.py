@@ -114,6 +114,7 @@ def run(model: tnn.Module, calls: list[str], x: torch.Tensor) -> tuple[list[Any]
     return [y.detach().clone(), z, x.grad, *gradients], len(calls)
 
 
+@pytest.mark.thinned
 @pytest.mark.capability(
     "Tools that look at modules", "patches of `torch.nn.Linear.forward`, `F.linear` and their like, for all"
 )

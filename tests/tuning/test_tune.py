@@ -44,7 +44,7 @@ def on_disk(file: pathlib.Path) -> Any:
 
 
 @pytest.mark.kernels
-def test_everything_of_a_stretch_is_measured_once(users_file: pathlib.Path) -> None:
+def test_everything_of_a_chain_is_measured_once(users_file: pathlib.Path) -> None:
     tuned = fusedmlp.tune([(20, 16, 32, 7)], torch.float32)
     layers = [(32, 16), (7, 32)]
     assert {(p.operation, p.N, p.K) for p in tuned.products} == {
@@ -71,7 +71,7 @@ def test_everything_of_a_stretch_is_measured_once(users_file: pathlib.Path) -> N
     assert not again.stretches
     assert "in the table already" in str(again)
     more = fusedmlp.tune([(20, 16, 32)], torch.float32, final_relu=True)
-    assert not more.products  # and the stretch is known as a layer of the other
+    assert not more.products  # and the chain is known as a layer of the other
     assert not more.stretches
 
 
