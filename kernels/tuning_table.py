@@ -5,6 +5,7 @@ Our files lie beside this module, one for each family of devices. The user's fil
 in the platform's cache folder, and takes precedence over ours.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -64,18 +65,12 @@ def bucket(M: int) -> int:
     return below if 2 * below**2 > M**2 else 2 * below
 
 
+@dataclasses.dataclass(eq=False)
 class Table:
     """The measurements of one device. Hashed by identity, so a table that is read again is new to caches."""
 
-    def __init__(
-        self,
-        products: dict[ProductKey, Product] | None = None,
-        stretches: dict[StretchKey, Stretch] | None = None,
-    ) -> None:
-        self.products = products or {}
-        self.stretches = stretches or {}
-        # Every call of a chain asks, and every batch may have another size.
-        self.stretch = functools.lru_cache(4096)(self._stretch)
+    products: dict[ProductKey, Product] = dataclasses.field(default_factory=dict)
+    stretches: dict[StretchKey, Stretch] = dataclasses.field(default_factory=dict)
 
     def product(self, operation: str, kind: str, M: int, N: int, K: int) -> Product | None:
         """The measurement of this product with about M rows, or None."""
@@ -99,7 +94,8 @@ class Table:
         """A table with the entries of both; the other's take precedence."""
         return Table(self.products | other.products, self.stretches | other.stretches)
 
-    def _stretch(
+    @functools.lru_cache(4096)  # noqa: B019  # called for every chain, with any batch size; tables are few
+    def stretch(
         self, mode: str, kind: str, M: int, widths: tuple[int, ...], final_relu: bool
     ) -> tuple[Stretch, str] | None:
         """``(measurement of this chain with about M rows, how it was found in words)``, or None.
@@ -111,12 +107,11 @@ class Table:
         whole = self.stretches.get((mode, kind, rows, widths, final_relu))
         if whole is not None:
             return whole, "as a whole"
-        known = []
-        for i, layer in enumerate(itertools.pairwise(widths)):
-            part = self.stretches.get((mode, kind, rows, layer, final_relu or i < last))
-            if part is None:
-                return None
-            known.append(part)
+        layers = enumerate(itertools.pairwise(widths))
+        found = [self.stretches.get((mode, kind, rows, layer, final_relu or i < last)) for i, layer in layers]
+        known = [one for one in found if one is not None]
+        if len(known) < len(found):
+            return None
         us, torch_us = sum(s.us for s in known), sum(s.torch_us for s in known)
         return Stretch(us, torch_us, False, known[0].source), "as the sum of its layers"
 
@@ -186,44 +181,40 @@ def parse(text: str, here: Where, exact: bool) -> tuple[Table, int]:
         stretches = dict(_stretch(entry, source) for entry in content["stretches"])
     except (KeyError, TypeError, ValueError) as error:
         raise Unusable(f"has an invalid entry ({type(error).__name__}: {error})") from None
-    known = {key: product for key, product in products.items() if _offered(key, product.tile)}
+    known = {
+        (operation, kind, M, N, K): product
+        for (operation, kind, M, N, K), product in products.items()
+        if product.tile in candidates(kind, aligned=N % 16 == 0 and K % 16 == 0)
+    }
     return Table(known, stretches), len(products) - len(known)
 
 
 def _product(entry: Any) -> tuple[ProductKey, Product]:
     operation, kind, rows, N, K, tile, us, torch_us = entry
-    _check(operation in OPERATIONS and kind in ITEMSIZE, entry)
-    _check(all(type(size) is int and size > 0 for size in (rows, N, K)) and bucket(rows) == rows, entry)
+    _check(entry, operation in OPERATIONS, kind, (rows, N, K), (us, torch_us))
     if tile[5:] == [False]:  # files used to say of each tile that it does without tensor descriptors
         tile = tile[:5]
-    return (operation, kind, rows, N, K), Product(Tile(*tile), *_times(us, torch_us, entry))
+    return (operation, kind, rows, N, K), Product(Tile(*tile), float(us), float(torch_us))
 
 
 def _stretch(entry: Any, source: str) -> tuple[StretchKey, Stretch]:
     mode, kind, rows, widths, final_relu, in_one, us, torch_us = entry
-    _check(mode in MODES and kind in ITEMSIZE, entry)
-    _check(type(final_relu) is bool and type(in_one) is bool, entry)
-    _check(all(type(size) is int and size > 0 for size in (rows, *widths)) and bucket(rows) == rows, entry)
-    _check(len(widths) >= 2, entry)
-    times = _times(us, torch_us, entry)
-    return (mode, kind, rows, tuple(widths), final_relu), Stretch(*times, in_one, source)
+    valid = mode in MODES and type(final_relu) is type(in_one) is bool and len(widths) > 1
+    _check(entry, valid, kind, (rows, *widths), (us, torch_us))
+    key = mode, kind, rows, tuple(widths), final_relu
+    return key, Stretch(float(us), float(torch_us), in_one, source)
 
 
-def _times(us: Any, torch_us: Any, entry: Any) -> tuple[float, float]:
-    for time in (us, torch_us):
-        _check(type(time) in (int, float) and math.isfinite(time) and time > 0, entry)
-    return float(us), float(torch_us)
-
-
-def _check(valid: bool, entry: Any) -> None:
-    if not valid:
+def _check(entry: Any, valid: bool, kind: Any, sizes: tuple[Any, ...], times: tuple[Any, ...]) -> None:
+    """Raise ValueError if the entry is not valid. sizes: the first is a number of rows."""
+    if not (
+        valid
+        and kind in ITEMSIZE
+        and all(type(size) is int and size > 0 for size in sizes)
+        and bucket(sizes[0]) == sizes[0]
+        and all(type(time) in (int, float) and 0 < time < math.inf for time in times)
+    ):
         raise ValueError(json.dumps(entry)[:200])
-
-
-def _offered(key: ProductKey, tile: Tile) -> bool:
-    """True if this version has the tile for such a product."""
-    _, kind, _, N, K = key
-    return tile in candidates(kind, aligned=N % 16 == 0 and K % 16 == 0)
 
 
 def to_text(here: Where, about: dict[str, str], table: Table) -> str:
@@ -232,18 +223,16 @@ def to_text(here: Where, about: dict[str, str], table: Table) -> str:
     def lines(entries: Sequence[Any]) -> str:
         return "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in entries) + "\n ]"
 
-    head = {"format": FORMAT, "device": here.device, "family": here.family, "triton": here.triton} | about
-    products = [
-        [*key, product.tile, round(product.us, 2), round(product.torch_us, 2)]
-        for key, product in sorted(table.products.items())
-    ]
-    stretches = [
-        [*key, stretch.in_one, round(stretch.us, 2), round(stretch.torch_us, 2)]
-        for key, stretch in sorted(table.stretches.items())
-    ]
+    head = {"format": FORMAT, **here._asdict(), **about}
+    products = [[*key, p.tile, *_rounded(p)] for key, p in sorted(table.products.items())]
+    stretches = [[*key, s.in_one, *_rounded(s)] for key, s in sorted(table.stretches.items())]
     parts = [f' "{name}": {json.dumps(value)}' for name, value in head.items()]
     parts += [f' "products": {lines(products)}', f' "stretches": {lines(stretches)}']
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _rounded(measured: Product | Stretch) -> tuple[float, float]:
+    return round(measured.us, 2), round(measured.torch_us, 2)
 
 
 def read(file: pathlib.Path, here: Where, exact: bool) -> Table | None:

@@ -91,7 +91,7 @@ def test_layers_measured_alone_add_up() -> None:
         ("training", "half", 1024, (16, 4), False): tuning_table.Stretch(4.0, 40.0, False, "here"),
         ("training", "half", 1024, (8, 16, 16, 4), False): tuning_table.Stretch(7.0, 70.0, False, "here"),
     }
-    table = tuning_table.Table(None, measured)
+    table = tuning_table.Table({}, measured)
     how = "as the sum of its layers"
     assert table.stretch("training", "half", 1024, (8, 16, 4), False) == (
         tuning_table.Stretch(5, 50, False, "here"),
