@@ -22,7 +22,7 @@ from .layer.forward import linear_forward
 from .layer.grad_input import grad_input
 from .layer.grad_weight import Layer, grad_weights
 from .layer.relu_backward import relu_backward
-from .narrow.backward import narrow_backward
+from .narrow.backward import Chain, narrow_backward
 from .narrow.forward import narrow_forward
 from .partial_sums import Sums, add_up
 
@@ -97,10 +97,12 @@ def mlp_backward(
     bias_left = grad_output if need_biases[-1] and not final_relu else None
     products = _WeightGradients(len(weights) - lowest, bias_left, setting)
     needs = need_x, need_weights[lowest:], need_biases[lowest:]
-    chain = grad_output, activations[lowest:], weights[lowest:], final_relu, *needs, setting, products.sums
-    found = narrow_backward(*chain)
+    chain = Chain(
+        grad_output, activations[lowest:], weights[lowest:], final_relu, *needs, setting, products.sums
+    )
+    found = narrow_backward(chain)
     if found is None:
-        grad_x, grads_b = _one_by_one(*chain, products)
+        grad_x, grads_b = _one_by_one(chain, products)
     else:
         grad_x, grads_z, grads_b = found
         for i, grad_z in enumerate(grads_z):
@@ -144,24 +146,13 @@ class _WeightGradients:
             self._waiting, self.multiplications, self._bias_left = [], 0, None
 
 
-def _one_by_one(
-    grad_output: torch.Tensor,
-    activations: Sequence[torch.Tensor | None],
-    weights: Sequence[torch.Tensor | None],
-    final_relu: bool,
-    need_x: bool,
-    need_weights: Sequence[bool],
-    need_biases: Sequence[bool],
-    setting: Setting,
-    sums: Sums,
-    products: _WeightGradients,
-) -> tuple[torch.Tensor | None, Grads]:
+def _one_by_one(chain: Chain, products: _WeightGradients) -> tuple[torch.Tensor | None, Grads]:
     """``(grad_x, grad_biases)``, with a launch for each layer's input gradient."""
+    grad_z, activations, weights, final_relu, need_x, need_weights, need_biases, setting, sums = chain
     grad_x = None
     grads_b: Grads = [None] * len(weights)
-    grad_z = grad_output
     if final_relu:
-        grad_z, grads_b[-1] = relu_backward(grad_output, activations[-1], need_biases[-1], setting, sums)
+        grad_z, grads_b[-1] = relu_backward(grad_z, activations[-1], need_biases[-1], setting, sums)
     z_aligned = is_aligned_tensor(grad_z)
     for i in range(len(weights) - 1, -1, -1):
         x, weight = activations[i], weights[i]

@@ -14,9 +14,14 @@ grad_weight grad_z.T     x            rows
 import triton
 import triton.language as tl
 
+from .launch import interpreting
+
+GROUP_R: tl.constexpr = tl.constexpr(8)  # tiles of rows that run together, see tile_position
+INTERPRETED: tl.constexpr = tl.constexpr(interpreting())
+
 
 @triton.jit
-def tile_position(tile, tiles_r, tiles_c, GROUP_R: tl.constexpr):
+def tile_position(tile, tiles_r, tiles_c):
     """Position ``(tile_r, tile_c)`` of tile number ``tile``.
 
     Tiles run down GROUP_R rows of a column before they step to the next column, so that the tiles computed at
@@ -58,6 +63,15 @@ def select(here, new, old):
 
 
 @triton.jit
+def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
+    """``acc + a @ b``, in float32."""
+    if INTERPRETED:  # Triton's interpreter computes bfloat16 products wrongly
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
 def tile_product(
     a_ptr,  # start of the tile's first row in A
     b_ptr,  # start of the tile's first column in B
@@ -75,7 +89,6 @@ def tile_product(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """One tile of ``A @ B`` in float32, (BLOCK_R, BLOCK_C).
 
@@ -92,8 +105,5 @@ def tile_product(
         first = tl.cast(k, tl.int64)
         a = tl.load(a_ptr + first * stride_ak + a_offs, mask=valid_r[:, None] & valid_k[None, :], other=0.0)
         b = tl.load(b_ptr + first * stride_bk + b_offs, mask=valid_k[:, None] & valid_c[None, :], other=0.0)
-        if UPCAST:  # Triton's interpreter computes bfloat16 products wrongly
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+        acc = dot(a, b, acc, INPUT_PRECISION)
     return acc

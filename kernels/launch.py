@@ -11,13 +11,18 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from .tiles import GROUP, ITEMSIZE, Tile
+from .tiles import ITEMSIZE, Tile
 from .tuning_table import Table, table_of
 
 # Passed to every launch. Fused multiply-add is Triton's default up to 3.9; it is set here so that a release
 # with another default does not change the results. 255 registers are the most that a thread can have: without
 # this limit, ptxas aims at a number of resident programs and spills a few bytes to reach it.
 COMPILE_OPTIONS = {"enable_fp_fusion": True, "maxnreg": 255}
+
+
+def options_for(kind: str) -> dict[str, Any]:
+    """The launch options of every kernel that multiplies in this arithmetic."""
+    return COMPILE_OPTIONS | {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
 
 
 class Device(NamedTuple):
@@ -64,6 +69,14 @@ def dry_run(note: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
 def dry_run_note() -> Callable[[str, tuple[Any, ...]], None] | None:
     """In a dry run, what to call instead of one of PyTorch's operators; else None."""
     return _dry_run.note
+
+
+def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``torch.mm(a, b, out=out)``; in a dry run only noted."""
+    if _dry_run.note is None:
+        return torch.mm(a, b, out=out)
+    _dry_run.note("mm", (a, b, out))
+    return out
 
 
 # Triton's interpreter keeps its state in globals of triton.language, so only one thread may run it at a time,
@@ -152,7 +165,6 @@ class Setting:
     """What all launches of a chain have in common; with their sizes, it decides how they are launched."""
 
     kind: str  # the arithmetic, a row of the tile table: see arithmetic
-    upcast: bool  # Triton's interpreter computes bfloat16 products wrongly
     device: Device
     table: Table  # what was measured on this device
     forced: bool  # use the kernels even where PyTorch's operator was measured to be faster
@@ -173,13 +185,7 @@ class Setting:
 
     def product_options(self, tile: Tile) -> dict[str, Any]:
         """The launch options of a product: how the tile is compiled and which arithmetic it uses."""
-        return COMPILE_OPTIONS | {
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
-            "GROUP": GROUP,
-            "INPUT_PRECISION": "tf32" if self.kind == "tf32" else "ieee",
-            "UPCAST": self.upcast,
-        }
+        return options_for(self.kind) | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
     def programs(self, work: int, tile: Tile) -> tuple[int]:
         """A persistent grid for ``work`` tiles: at most as many programs as the SMs can run at one time.
@@ -195,9 +201,8 @@ _setting = functools.cache(Setting)
 
 def setting_of(x: torch.Tensor, forced: bool = False) -> Setting:
     """The setting of a chain whose input, or whose output's gradient, is x."""
-    upcast = x.dtype == torch.bfloat16 and interpreting()
     index = x.device.index if x.is_cuda else None
-    return _setting(arithmetic(x.dtype), upcast, device_limits(index), table_of(index), forced)
+    return _setting(arithmetic(x.dtype), device_limits(index), table_of(index), forced)
 
 
 # Choosing a tile and a grid takes as much time on the CPU as a launch, so each launcher caches its choices

@@ -38,11 +38,15 @@ UNALIGNED: dict[str, Tile] = {
 
 OPERATIONS = ("forward", "grad_input", "grad_weight")
 ITEMSIZE = {"half": 2, "tf32": 4, "ieee": 4}
-GROUP = 8  # tiles of rows that run together, see gemm.tile_position
 
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def block_of(width: int) -> int:
+    """The power of two that holds a layer's outputs, at least 16, the least that tensor cores multiply."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def candidates(kind: str, aligned: bool) -> tuple[Tile, ...]:

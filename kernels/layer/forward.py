@@ -31,22 +31,20 @@ def _linear_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     # Programs are persistent: for sm_90, ptxas serialises wgmma in programs that compute one tile.
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, GROUP)
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n)
         first_m, offs_m, valid_m = tile_range(tile_m, BLOCK_M, M, WIDE)
         first_n, offs_n, valid_n = tile_range(tile_n, BLOCK_N, N, WIDE)
         acc = tile_product(  # x @ weight.T
             x_ptr + first_m * stride_xm, weight_ptr + first_n * stride_wn,
             offs_m, offs_n, valid_m, valid_n, 0, K,
             stride_xm, stride_xk, stride_wk, stride_wn,
-            BLOCK_M, BLOCK_N, BLOCK_K, INPUT_PRECISION, UPCAST,
+            BLOCK_M, BLOCK_N, BLOCK_K, INPUT_PRECISION,
         )  # fmt: skip
         # In two halves: the bias beside all of acc needs more registers than sm_100 has.
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))

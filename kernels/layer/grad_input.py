@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..gemm import tile_position, tile_product, tile_range
-from ..launch import PLANS, Setting, dry_run_note, launch
+from ..launch import PLANS, Setting, launch, mm
 from ..partial_sums import Sums, parts_of
 from ..tiles import Tile, cdiv, count_tiles, select_tile
 from .relu_backward import relu_backward
@@ -42,21 +42,19 @@ def _grad_input_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_k = tl.cdiv(K, BLOCK_K)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_k, tl.num_programs(0)):
-        tile_m, tile_k = tile_position(tile, tiles_m, tiles_k, GROUP)
+        tile_m, tile_k = tile_position(tile, tiles_m, tiles_k)
         first_m, offs_m, valid_m = tile_range(tile_m, BLOCK_M, M, WIDE)
         first_k, offs_k, valid_k = tile_range(tile_k, BLOCK_K, K, WIDE)
         acc = tile_product(  # grad_z @ weight
             grad_z_ptr + first_m * stride_zm, weight_ptr + first_k * stride_wk,
             offs_m, offs_k, valid_m, valid_k, 0, N,
             stride_zm, stride_zn, stride_wn, stride_wk,
-            BLOCK_M, BLOCK_K, BLOCK_N, INPUT_PRECISION, UPCAST,
+            BLOCK_M, BLOCK_K, BLOCK_N, INPUT_PRECISION,
         )  # fmt: skip
         valid = valid_m[:, None] & valid_k[None, :]
         if y_ptr is not None:
@@ -107,7 +105,7 @@ def grad_input(
     K = weight.shape[1]
     plan = _plan(M, N, K, aligned, setting, tile)
     if plan is None:
-        grad_x = _by_torch(grad_z, weight)
+        grad_x = mm(grad_z, weight, grad_z.new_empty(M, K))
         return (grad_x, None) if y is None else relu_backward(grad_x, y, need_grad_bias, setting, sums, True)
     tile, grid, options = plan
     grad_x = grad_z.new_empty(M, K)
@@ -119,13 +117,3 @@ def grad_input(
     args = (grad_z, weight, y, grad_x, partials, M, N, K, *strides)
     launch(_grad_input_kernel, grid, grad_z, args, options)
     return grad_x, grad_bias
-
-
-def _by_torch(grad_z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The product alone, by PyTorch's operator."""
-    note = dry_run_note()
-    if note is None:
-        return torch.mm(grad_z, weight)
-    grad_x = grad_z.new_empty(grad_z.shape[0], weight.shape[1])
-    note("mm", (grad_z, weight, grad_x))
-    return grad_x

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 
 from ..gemm import select, tile_position, tile_product, tile_range
-from ..launch import PLANS, Setting, dry_run_note, launch
+from ..launch import PLANS, Setting, launch, mm
 from ..partial_sums import Sums, parts_of
 from ..tiles import UNALIGNED, Tile, cdiv, count_tiles, most_splits, select_splits, select_tile
-from .relu_backward import BLOCK_M, BLOCK_N, chunks_of, relu_backward, relu_backward_chunk
+from .relu_backward import SUM_N, chunks_of, relu_backward, relu_backward_kernel
 
 
 class Layer(NamedTuple):
@@ -38,17 +38,15 @@ def _tiles_of_layers(
     splits,
     rows_per_split,
     WIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """Compute this program's share of the jobs: job number ``split * tiles + tile`` is one tile of one part.
 
     The tiles of all layers are numbered one layer after the other; a layer's tiles are begin <= tile < end.
     """
+    BLOCK_N: tl.constexpr = TILE[0]
+    BLOCK_K: tl.constexpr = TILE[1]
     Ns, Ks = layers[3], layers[4]
     tiles = tl.cdiv(Ns[0], BLOCK_N) * tl.cdiv(Ks[0], BLOCK_K)
     for i in tl.static_range(1, len(Ns)):
@@ -66,7 +64,7 @@ def _tiles_of_layers(
         grad_z_ptr, x_ptr, out_ptr, N, K, stride_zm, stride_xm = layer
         tiles_n = tl.cdiv(N, BLOCK_N)
         tiles_k = tl.cdiv(K, BLOCK_K)
-        tile_n, tile_k = tile_position(tile - begin, tiles_n, tiles_k, GROUP)
+        tile_n, tile_k = tile_position(tile - begin, tiles_n, tiles_k)
         first_n, offs_n, valid_n = tile_range(tile_n, BLOCK_N, N, WIDE)
         first_k, offs_k, valid_k = tile_range(tile_k, BLOCK_K, K, WIDE)
         row_begin = split * rows_per_split
@@ -75,7 +73,7 @@ def _tiles_of_layers(
             grad_z_ptr + first_n, x_ptr + first_k,
             offs_n, offs_k, valid_n, valid_k, row_begin, row_end,
             1, stride_zm, stride_xm, 1,
-            BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION, UPCAST,
+            BLOCK_N, BLOCK_K, TILE[2], INPUT_PRECISION,
         )  # fmt: skip
         first = (split.to(tl.int64) * N + first_n) * K + first_k
         out_tile = out_ptr + first + offs_n[:, None] * K + offs_k[None, :]
@@ -95,42 +93,21 @@ def _grad_weights_kernel(
     stride_zm,
     chunks,
     rows_per_chunk,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    UNALIGNED_BLOCK_N: tl.constexpr,
-    UNALIGNED_BLOCK_K: tl.constexpr,
-    UNALIGNED_BLOCK_M: tl.constexpr,
-    GROUP: tl.constexpr,
+    TILE: tl.constexpr,  # (outputs, inputs, rows), of aligned layers
+    UNALIGNED_TILE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    SUM_BLOCK_M: tl.constexpr,
-    SUM_BLOCK_N: tl.constexpr,
 ):
     if layers is not None:
-        _tiles_of_layers(
-            layers, M, splits, rows_per_split,
-            False, BLOCK_N, BLOCK_K, BLOCK_M, GROUP, INPUT_PRECISION, UPCAST,
-        )  # fmt: skip
+        _tiles_of_layers(layers, M, splits, rows_per_split, False, TILE, INPUT_PRECISION)
     if unaligned_layers is not None:
-        _tiles_of_layers(
-            unaligned_layers, M, splits, rows_per_split,
-            True, UNALIGNED_BLOCK_N, UNALIGNED_BLOCK_K, UNALIGNED_BLOCK_M, GROUP, INPUT_PRECISION, UPCAST,
-        )  # fmt: skip
+        _tiles_of_layers(unaligned_layers, M, splits, rows_per_split, True, UNALIGNED_TILE, INPUT_PRECISION)
     if grad_z_ptr is not None:  # grad_bias = grad_z.sum(0)
-        blocks_n = tl.cdiv(N, SUM_BLOCK_N)
+        blocks_n = tl.cdiv(N, SUM_N)
         for job in tl.range(tl.program_id(0), blocks_n * chunks, tl.num_programs(0)):
-            relu_backward_chunk(
-                job % blocks_n, job // blocks_n, grad_z_ptr, None, None, partials_ptr,
-                M, N, rows_per_chunk, stride_zm, 1, 0, 0, SUM_BLOCK_M, SUM_BLOCK_N,
+            relu_backward_kernel(
+                grad_z_ptr, None, None, partials_ptr, M, N, rows_per_chunk, stride_zm, 1, 0, 0,
+                job % blocks_n, job // blocks_n,
             )  # fmt: skip
-
-
-class _Plan(NamedTuple):
-    splits: int
-    rows_per_split: int
-    grid: tuple[int]
-    options: dict[str, Any]
 
 
 @functools.lru_cache(PLANS)
@@ -141,8 +118,11 @@ def _plan(
     jobs: int,
     setting: Setting,
     tile: Tile | None,
-) -> _Plan:
-    """The plan for layers of these sizes (N, K), aligned and unaligned, and this many jobs for a bias."""
+) -> tuple[int, int, tuple[int], dict[str, Any]]:
+    """Splits, rows per split, grid and options for layers of these sizes (N, K), aligned and unaligned.
+
+    jobs: how many jobs sum the rows for a bias gradient.
+    """
     num_sms = setting.device.num_sms
     small = UNALIGNED[setting.kind]
     # A launch has one number of warps and stages: those of the aligned tile, chosen for the largest layer.
@@ -154,17 +134,8 @@ def _plan(
     tiles = count_tiles(sizes, tile) + count_tiles(unaligned_sizes, small)
     splits = select_splits(tiles, M, num_sms)
     rows_per_split = cdiv(cdiv(M, splits), tile.BLOCK_K) * tile.BLOCK_K
-    options = setting.product_options(tile) | {
-        "BLOCK_N": tile.BLOCK_R,
-        "BLOCK_K": tile.BLOCK_C,
-        "BLOCK_M": tile.BLOCK_K,
-        "UNALIGNED_BLOCK_N": small.BLOCK_R,
-        "UNALIGNED_BLOCK_K": small.BLOCK_C,
-        "UNALIGNED_BLOCK_M": small.BLOCK_K,
-        "SUM_BLOCK_M": BLOCK_M,
-        "SUM_BLOCK_N": BLOCK_N,
-    }
-    return _Plan(splits, rows_per_split, setting.programs(max(tiles * splits, jobs), tile), options)
+    options = setting.product_options(tile) | {"TILE": tile[:3], "UNALIGNED_TILE": small[:3]}
+    return splits, rows_per_split, setting.programs(max(tiles * splits, jobs), tile), options
 
 
 def _one_launch(
@@ -187,12 +158,12 @@ def _one_launch(
         chunks, rows_per_chunk, blocks = chunks_of(M, N, setting.device.num_sms)
         partials = parts_of(grad_bias, chunks, sums)
     sizes = (tuple([layer.grad.shape for layer in some]) for some in (aligned, unaligned))
-    plan = _plan(M, *sizes, chunks * blocks, setting, tile)
+    splits, rows_per_split, grid, options = _plan(M, *sizes, chunks * blocks, setting, tile)
     args = (
-        _arguments(aligned, plan.splits, sums), _arguments(unaligned, plan.splits, sums),
-        M, plan.splits, plan.rows_per_split, bias_left, partials, N, stride, chunks, rows_per_chunk,
+        _arguments(aligned, splits, sums), _arguments(unaligned, splits, sums),
+        M, splits, rows_per_split, bias_left, partials, N, stride, chunks, rows_per_chunk,
     )  # fmt: skip
-    launch(_grad_weights_kernel, plan.grid, layers[0].x, args, plan.options)
+    launch(_grad_weights_kernel, grid, layers[0].x, args, options)
 
 
 def _arguments(layers: Sequence[Layer], splits: int, sums: Sums) -> tuple[object, ...] | None:
@@ -253,9 +224,5 @@ def _done_by_torch(layer: Layer, setting: Setting) -> bool:
     M, K = layer.x.shape
     if not _by_torch(M, layer.grad_z.shape[1], K, layer.aligned, setting):
         return False
-    note = dry_run_note()
-    if note is None:
-        torch.mm(layer.grad_z.t(), layer.x, out=layer.grad)
-    else:
-        note("mm", (layer.grad_z, layer.x, layer.grad))
+    mm(layer.grad_z.t(), layer.x, layer.grad)
     return True

@@ -14,17 +14,15 @@ from ..launch import COMPILE_OPTIONS, PLANS, Setting, launch
 from ..partial_sums import Sums, parts_of
 from ..tiles import cdiv
 
-BLOCK_M = 32
-BLOCK_N = 128
+SUM_M: tl.constexpr = tl.constexpr(32)  # rows and columns at a time
+SUM_N: tl.constexpr = tl.constexpr(128)
 # With 4 warps, the 64-bit offsets of unaligned strides need more registers than a thread has.
 NUM_WARPS = 8
-_OPTIONS = COMPILE_OPTIONS | {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": NUM_WARPS}
+_OPTIONS = COMPILE_OPTIONS | {"num_warps": NUM_WARPS}
 
 
-@triton.jit
-def relu_backward_chunk(
-    block_n,  # which BLOCK_N columns
-    chunk,  # which rows_per_chunk rows
+@triton.jit(do_not_specialize=["M", "rows_per_chunk"])
+def relu_backward_kernel(
     grad_output_ptr,  # (M, N)
     y_ptr,  # (M, N), or None: no ReLU, and nothing is stored to grad_z
     grad_z_ptr,  # (M, N), contiguous, or None
@@ -36,16 +34,18 @@ def relu_backward_chunk(
     stride_gn,
     stride_ym,
     stride_yn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    block_n=None,  # which SUM_N columns, for grad_weights; in a launch, each program has its own
+    chunk=None,  # which rows_per_chunk rows
 ):
-    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if block_n is None:
+        block_n, chunk = tl.program_id(0), tl.program_id(1)
+    offs_n = block_n * SUM_N + tl.arange(0, SUM_N)
     valid_n = offs_n < N
     n = offs_n.to(tl.int64)
     row_end = tl.minimum((chunk + 1) * rows_per_chunk, M)
-    totals = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for row in range(chunk * rows_per_chunk, row_end, BLOCK_M):
-        offs_m = row + tl.arange(0, BLOCK_M)
+    totals = tl.zeros((SUM_M, SUM_N), dtype=tl.float32)
+    for row in range(chunk * rows_per_chunk, row_end, SUM_M):
+        offs_m = row + tl.arange(0, SUM_M)
         m = offs_m.to(tl.int64)
         mask = (offs_m < row_end)[:, None] & valid_n[None, :]
         grad = tl.load(
@@ -64,34 +64,12 @@ def relu_backward_chunk(
         tl.store(partials_ptr + tl.cast(chunk, tl.int64) * N + n, total, mask=valid_n)
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_chunk"])
-def _relu_backward_kernel(
-    grad_output_ptr,
-    y_ptr,
-    grad_z_ptr,
-    partials_ptr,
-    M,
-    N,
-    rows_per_chunk,
-    stride_gm,
-    stride_gn,
-    stride_ym,
-    stride_yn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    relu_backward_chunk(
-        tl.program_id(0), tl.program_id(1), grad_output_ptr, y_ptr, grad_z_ptr, partials_ptr,
-        M, N, rows_per_chunk, stride_gm, stride_gn, stride_ym, stride_yn, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-
-
 @functools.lru_cache(PLANS)
 def chunks_of(M: int, N: int, num_sms: int) -> tuple[int, int, int]:
     """``(chunks, rows_per_chunk, blocks of columns)``: about four programs an SM, to hide memory latency."""
-    blocks = cdiv(N, BLOCK_N)
-    wanted = max(1, min(cdiv(4 * num_sms, blocks), cdiv(M, BLOCK_M)))
-    rows_per_chunk = cdiv(cdiv(M, wanted), BLOCK_M) * BLOCK_M
+    blocks = cdiv(N, SUM_N.value)
+    wanted = max(1, min(cdiv(4 * num_sms, blocks), cdiv(M, SUM_M.value)))
+    rows_per_chunk = cdiv(cdiv(M, wanted), SUM_M.value) * SUM_M.value
     return cdiv(M, max(1, rows_per_chunk)), rows_per_chunk, blocks
 
 
@@ -120,5 +98,5 @@ def relu_backward(
         strides = *grad_output.stride(), *((0, 0) if y is None else y.stride())
         target = None if y is None else grad_z
         args = (grad_output, y, target, partials, M, N, rows_per_chunk, *strides)
-        launch(_relu_backward_kernel, (blocks, chunks), grad_output, args, _OPTIONS)
+        launch(relu_backward_kernel, (blocks, chunks), grad_output, args, _OPTIONS)
     return grad_z, grad_bias

@@ -12,7 +12,7 @@ The weight gradients are sums over all rows, which layer/grad_weight.py computes
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,7 +33,7 @@ from .forward import (
     wins,
 )
 
-BLOCK_C = 64  # columns of the first layer's input gradient at a time
+BLOCK_C: tl.constexpr = tl.constexpr(64)  # columns of the first layer's input gradient at a time
 
 
 @triton.jit
@@ -92,9 +92,7 @@ def _narrow_backward_kernel(
     STAGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,  # columns of grad_x at a time
     INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     L: tl.constexpr = len(WIDTHS) - 1
     dtype = grad_output_ptr.dtype.element_ty
@@ -130,7 +128,7 @@ def _narrow_backward_kernel(
                 grad = rows_product(  # grad_z[i] @ weight[i]
                     held, a_ptr, weight_ptrs[i] + origin, offs_m, valid_m,
                     stride_am, stride_an, STRIDES[i][0], STRIDES[i][1], WIDTHS[i], zero,
-                    WIDTHS[i + 1], PADDED[i + 1], PADDED[i], BLOCK_M, BLOCK_K, INPUT_PRECISION, UPCAST,
+                    WIDTHS[i + 1], PADDED[i + 1], PADDED[i], BLOCK_M, BLOCK_K, INPUT_PRECISION,
                 )  # fmt: skip
                 grad_z = _through_relu(
                     grad, y_ptrs[i - 1], partials_ptrs[i - 1], grad_z_ptrs[i - 1],
@@ -143,7 +141,7 @@ def _narrow_backward_kernel(
                     grad_x = rows_product(
                         held, a_ptr, weight_ptr, offs_m, valid_m,
                         stride_am, stride_an, STRIDES[0][0], STRIDES[0][1], WIDTHS[0] - c, zero,
-                        WIDTHS[1], PADDED[1], BLOCK_C, BLOCK_M, BLOCK_K, INPUT_PRECISION, UPCAST,
+                        WIDTHS[1], PADDED[1], BLOCK_C, BLOCK_M, BLOCK_K, INPUT_PRECISION,
                     )  # fmt: skip
                     store_rows(
                         grad_x_ptr + first_m * WIDTHS[0] + c, grad_x.to(grad_x_ptr.dtype.element_ty),
@@ -180,29 +178,35 @@ def _plan(
         if not better:
             return None
     options = options_of(form, widths, setting)
-    options |= {"STRIDES": strides, "FINAL_RELU": final_relu, "BLOCK_C": BLOCK_C}
+    options |= {"STRIDES": strides, "FINAL_RELU": final_relu}
     return form, (programs(form, M, num_sms),), options
 
 
+class Chain(NamedTuple):
+    """The arguments of a chain's backward: those of mlp_backward, but only from the lowest layer on."""
+
+    grad_output: torch.Tensor
+    activations: Sequence[torch.Tensor | None]
+    weights: Sequence[torch.Tensor | None]
+    final_relu: bool
+    need_x: bool
+    need_weights: Sequence[bool]
+    need_biases: Sequence[bool]
+    setting: Setting
+    sums: Sums
+
+
 def narrow_backward(
-    grad_output: torch.Tensor,
-    activations: Sequence[torch.Tensor | None],
-    weights: Sequence[torch.Tensor | None],
-    final_relu: bool,
-    need_x: bool,
-    need_weights: Sequence[bool],
-    need_biases: Sequence[bool],
-    setting: Setting,
-    sums: Sums,
-    form: Form | None = None,
+    chain: Chain, form: Form | None = None
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]] | None:
     """``(grad_x, grads_z, grads_b)`` of a chain, by one launch; None if one launch for each layer is better.
 
-    activations and what is needed: as in mlp_backward, with 0 for lowest. grads_z: ``grad_z (M, N)`` of each
+    grads_z: ``grad_z (M, N)`` of each
     layer whose weight needs a gradient; of a last layer without ReLU, it is grad_output itself. grads_b: the
     bias gradients ``(N,)`` that are needed, except of a last layer without ReLU; they are complete once
     ``add_up(sums)`` has run. form: as in narrow_forward.
     """
+    grad_output, activations, weights, final_relu, need_x, need_weights, need_biases, setting, sums = chain
     M = grad_output.shape[0]
     last = len(weights) - 1
     outputs = [y if i < last or final_relu else None for i, y in enumerate(activations[1:])]

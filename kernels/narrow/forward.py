@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gemm import tile_product, tile_range
-from ..launch import COMPILE_OPTIONS, PLANS, Setting, is_aligned_tensor, launch
-from ..tiles import ITEMSIZE, cdiv
+from ..gemm import dot, tile_product, tile_range
+from ..launch import PLANS, Setting, is_aligned_tensor, launch, options_for
+from ..tiles import ITEMSIZE, block_of, cdiv
 
 MOST_LAYERS = 8
 WIDEST = 256
@@ -104,14 +104,13 @@ def rows_product(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """A block of rows of A times all of B, in float32: (BLOCK_M, PADDED_N)."""
     n = tl.arange(0, PADDED_N)
     if a is None:
         product = tile_product(
             a_ptr, b_ptr, offs_m, n, valid_m, n < N, 0, K + zero, stride_am, stride_ak, stride_bk, stride_bn,
-            BLOCK_M, PADDED_N, BLOCK_K, INPUT_PRECISION, UPCAST,
+            BLOCK_M, PADDED_N, BLOCK_K, INPUT_PRECISION,
         )  # fmt: skip
     else:
         k = tl.arange(0, PADDED_K)
@@ -120,10 +119,7 @@ def rows_product(
             mask=(k < K)[:, None] & (n < N)[None, :],
             other=0.0,
         )
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        product = tl.dot(a, b, input_precision=INPUT_PRECISION)
+        product = dot(a, b, None, INPUT_PRECISION)
     return product
 
 
@@ -185,7 +181,6 @@ def _narrow_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     for block in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=1):
         first_m, offs_m, valid_m = tile_range(tl.cast(block, tl.int32), BLOCK_M, M, False)
@@ -204,7 +199,7 @@ def _narrow_forward_kernel(
                 held, h_ptr, weight_ptrs[i] + origin, offs_m, valid_m,
                 stride_hm, stride_hk, STRIDES[i][1], STRIDES[i][0],
                 WIDTHS[i + 1], zero, WIDTHS[i], PADDED[i], PADDED[i + 1],
-                BLOCK_M, BLOCK_K, INPUT_PRECISION, UPCAST,
+                BLOCK_M, BLOCK_K, INPUT_PRECISION,
             )  # fmt: skip
             y = _finished(  # h[i + 1]
                 z, bias_ptrs[i], STRIDES[i][2], y_ptrs[i], first_m if i >= KEEP else own, offs_m, valid_m,
@@ -215,24 +210,10 @@ def _narrow_forward_kernel(
             tl.debug_barrier()  # the next block overwrites scratch rows that other threads may still read
 
 
-class _Plan(NamedTuple):
-    grid: tuple[int]
-    scratch_rows: int
-    options: dict[str, Any]
-
-
 def options_of(form: Form, widths: tuple[int, ...], setting: Setting) -> dict[str, Any]:
     """The options that forward and backward share."""
-    return (
-        COMPILE_OPTIONS
-        | form._asdict()
-        | {
-            "WIDTHS": widths,
-            "PADDED": tuple(max(16, 1 << (width - 1).bit_length()) for width in widths),
-            "INPUT_PRECISION": "tf32" if setting.kind == "tf32" else "ieee",
-            "UPCAST": setting.upcast,
-        }
-    )
+    sizes = {"WIDTHS": widths, "PADDED": tuple(map(block_of, widths))}
+    return options_for(setting.kind) | form._asdict() | sizes
 
 
 def programs(form: Form, M: int, num_sms: int) -> int:
@@ -250,8 +231,8 @@ def _plan(
     aligned: bool,
     setting: Setting,
     form: Form | None,
-) -> _Plan | None:
-    """The plan, or None if one launch for each layer is better."""
+) -> tuple[int, int, dict[str, Any]] | None:
+    """Number of programs, scratch rows and options, or None if one launch for each layer is better."""
     num_sms = setting.device.num_sms
     if form is None:
         form = select_form(M, widths, setting.kind, aligned, True, num_sms)
@@ -268,7 +249,7 @@ def _plan(
             return None
     options = options_of(form, widths, setting) | {"STRIDES": strides, "KEEP": keep, "FINAL_RELU": final_relu}
     grid = programs(form, M, num_sms)
-    return _Plan((grid,), grid * form.BLOCK_M if form.STAGED else 0, options)
+    return grid, grid * form.BLOCK_M if form.STAGED else 0, options
 
 
 def narrow_forward(
@@ -300,7 +281,7 @@ def narrow_forward(
         for i, N in enumerate(widths[1:])
     ]
     args = (x, tuple(weights), tuple(biases), tuple(ys), M, *x.stride(), 0)
-    launch(_narrow_forward_kernel, grid, x, args, options)
+    launch(_narrow_forward_kernel, (grid,), x, args, options)
     return [y for y in ys[keep:] if y is not None]
 
 

@@ -13,7 +13,7 @@ from ..launch import arithmetic, device_limits, interpreting, launch
 from ..tiles import cdiv
 from .optimizers import COEFFICIENTS
 from .rows import rows_of_step, unknown_zero
-from .step import Job, RowsTile, WeightsTile, arithmetic_of, constants, count_weight_tiles, multiplied
+from .step import Job, RowsTile, WeightsTile, constants, count_weight_tiles, multiplied
 from .weights import weights_of_step
 
 # Both phases have the same number of warps. There are too few registers for IEEE float32.
@@ -58,7 +58,7 @@ def _steps_kernel(
     OPTIMIZER: tl.constexpr, NESTEROV: tl.constexpr,
     ROWS_BLOCK_M: tl.constexpr, ROWS_BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both phases of every step, and a barrier of all programs after each. The programs must run together."""
     programs = tl.num_programs(0)
@@ -71,7 +71,7 @@ def _steps_kernel(
             rows_of_step(
                 tile, tiles, here, (x_ptr, index_ptr, start, scale), target_ptr, weights, parameters[1],
                 (hidden, grads), partials_ptr, step, wrong_ptr, unknown_zero(step),
-                WIDTHS, BLOCKS, LOSS, ROWS_BLOCK_M, ROWS_BLOCK_K, INPUT_PRECISION, UPCAST,
+                WIDTHS, BLOCKS, LOSS, ROWS_BLOCK_M, ROWS_BLOCK_K, INPUT_PRECISION,
             )  # fmt: skip
         goal += programs
         _wait_for_all(arrived_ptr, goal)
@@ -80,7 +80,7 @@ def _steps_kernel(
                 tile, tiles, here, (x_ptr, index_ptr, start, scale), parameters, (hidden, grads),
                 partials_ptr, wrong_ptr, coefficients_ptr + step * 2 * (len(WIDTHS) - 1) * COEFFICIENTS,
                 losses_ptr + step,
-                WIDTHS, BLOCKS, LOSS, OPTIMIZER, NESTEROV, BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION, UPCAST,
+                WIDTHS, BLOCKS, LOSS, OPTIMIZER, NESTEROV, BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION,
             )  # fmt: skip
         goal += programs
         _wait_for_all(arrived_ptr, goal)
@@ -92,14 +92,14 @@ def train_steps(job: Job, first: int, rows: int, batch: int) -> None:
     It does steps 0, 1, ... of the job. The barrier's 32-bit counter is enough for a million of them.
     """
     x, order, target, parameters, network, coefficients, losses, ws, scale = job
-    kind, upcast = arithmetic_of(ws)
+    kind = arithmetic(ws.grads[0].dtype)
     rows_tile, weights_tile = PERSISTENT_TILES[kind]
     weight_tiles = count_weight_tiles(network.widths, weights_tile)
     # Programs wait for each other, so all must run at the same time: one on each SM. The interpreter runs
     # them one after the other.
     limit = 1 if interpreting() else device_limits(x.device.index).num_sms
     programs = min(limit, max(weight_tiles, cdiv(min(batch, rows), rows_tile.BLOCK_M)))
-    options = constants(network, kind, upcast) | weights_tile._asdict()
+    options = constants(network, kind) | weights_tile._asdict()
     options |= {"ROWS_BLOCK_M": rows_tile.BLOCK_M, "ROWS_BLOCK_K": rows_tile.BLOCK_K}
     options |= {"OPTIMIZER": network.optimizer, "NESTEROV": network.nesterov, "launch_cooperative_grid": True}
     ws.arrived.zero_()

@@ -11,6 +11,8 @@ and g, over whose rows the second phase sums, and its sums of the loss and of wh
 import triton
 import triton.language as tl
 
+from ..gemm import dot
+
 IGNORED: tl.constexpr = tl.constexpr(-100)  # torch's ignore_index: labels that cross_entropy leaves out
 # The record of wrong labels, which are no class: this, or the smallest code of such a label. A code has the
 # number of the step in its upper 32 bits, and in its lower ones the label, clamped to int32, plus 2**31.
@@ -44,7 +46,6 @@ def _product(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """``a @ b`` in float32, (BLOCK_M, BLOCK_C), where C <= BLOCK_C: zeros past the last row and column."""
     offs_k = zero + tl.arange(0, BLOCK_K)
@@ -61,10 +62,7 @@ def _product(
             other=0.0,
         )
         a = converted(a, like_ptr, scale)
-        if UPCAST:  # Triton's interpreter computes bfloat16 products wrongly
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+        acc = dot(a, b, acc, INPUT_PRECISION)
     return acc
 
 
@@ -137,7 +135,6 @@ def rows_of_step(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     x_ptr, index_ptr, first, scale = data
     hidden, grads = activations
@@ -156,7 +153,7 @@ def rows_of_step(
             a_ptr, a_rows = hidden[i - 1], m * BLOCKS[i]
         z = _product(  # h[i] @ W[i].T
             a_ptr, a_rows, valid_m, weights[i], weights[i], scale, zero,
-            WIDTHS[i], WIDTHS[i + 1], 1, WIDTHS[i], BLOCK_M, BLOCK_K, BLOCKS[i + 1], INPUT_PRECISION, UPCAST,
+            WIDTHS[i], WIDTHS[i + 1], 1, WIDTHS[i], BLOCK_M, BLOCK_K, BLOCKS[i + 1], INPUT_PRECISION,
         )  # fmt: skip
         offs_n = zero + tl.arange(0, BLOCKS[i + 1])
         z += tl.load(biases[i] + offs_n, mask=offs_n < WIDTHS[i + 1], other=0.0)[None, :]
@@ -178,16 +175,14 @@ def rows_of_step(
             tl.store(partials_ptr + tiles + tile, tl.sum(counted, axis=0))
             tile_of_grad = grads[i] + m[:, None] * BLOCKS[i + 1] + offs_n[None, :]
             tl.store(tile_of_grad, grad.to(grads[i].dtype.element_ty), mask=valid_m[:, None])
-    for j in tl.static_range(last):
+    for i in tl.static_range(last, 0, -1):
         tl.debug_barrier()
-        grad = _product(  # g[i] @ W[i] for i = last - j
-            grads[last - j], m * BLOCKS[last - j + 1], valid_m, weights[last - j], weights[last - j], scale,
-            zero, WIDTHS[last - j + 1], WIDTHS[last - j], WIDTHS[last - j], 1,
-            BLOCK_M, BLOCK_K, BLOCKS[last - j], INPUT_PRECISION, UPCAST,
+        grad = _product(  # g[i] @ W[i]
+            grads[i], m * BLOCKS[i + 1], valid_m, weights[i], weights[i], scale, zero,
+            WIDTHS[i + 1], WIDTHS[i], WIDTHS[i], 1, BLOCK_M, BLOCK_K, BLOCKS[i], INPUT_PRECISION,
         )  # fmt: skip
-        offs_k = m[:, None] * BLOCKS[last - j] + (zero + tl.arange(0, BLOCKS[last - j]))[None, :]
-        h = tl.load(hidden[last - j - 1] + offs_k, mask=valid_m[:, None], other=0.0)
+        offs_k = m[:, None] * BLOCKS[i] + (zero + tl.arange(0, BLOCKS[i]))[None, :]
+        h = tl.load(hidden[i - 1] + offs_k, mask=valid_m[:, None], other=0.0)
         # As in torch, the gradient passes unless h <= 0, so also where h is NaN.
         grad = tl.where(h.to(tl.float32) <= 0.0, 0.0, grad)
-        grads_ptr = grads[last - j - 1]
-        tl.store(grads_ptr + offs_k, grad.to(grads_ptr.dtype.element_ty), mask=valid_m[:, None])
+        tl.store(grads[i - 1] + offs_k, grad.to(grads[i - 1].dtype.element_ty), mask=valid_m[:, None])

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..launch import COMPILE_OPTIONS, arithmetic, build, interpreting, launch
-from ..tiles import cdiv
+from ..launch import arithmetic, build, launch, options_for
+from ..tiles import block_of, cdiv
 from .optimizers import COEFFICIENTS
 from .rows import NONE_WRONG, rows_of_step, unknown_zero
 from .weights import weights_of_step
@@ -157,18 +157,13 @@ def forget_wrong_label(record: torch.Tensor) -> None:
     record.fill_(NONE_WRONG.value)
 
 
-def block_of(width: int) -> int:
-    """The power of two that holds a layer's outputs, at least 16, the least that tensor cores multiply."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
 @triton.jit(do_not_specialize=["first", "rows", "tiles", "number"])
 def _step_rows_kernel(
     first, rows, tiles, number, x_ptr, index_ptr, target_ptr, weights, biases, hidden, grads, partials_ptr,
     wrong_ptr, scale,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, LOSS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -176,7 +171,7 @@ def _step_rows_kernel(
     rows_of_step(
         tl.program_id(0), tiles, rows, (x_ptr, index_ptr, first, scale), target_ptr, weights, biases,
         (hidden, grads), partials_ptr, number, wrong_ptr, unknown_zero(1),
-        WIDTHS, BLOCKS, LOSS, BLOCK_M, BLOCK_K, INPUT_PRECISION, UPCAST,
+        WIDTHS, BLOCKS, LOSS, BLOCK_M, BLOCK_K, INPUT_PRECISION,
     )  # fmt: skip
 
 
@@ -187,7 +182,7 @@ def _step_weights_kernel(
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, LOSS: tl.constexpr,
     OPTIMIZER: tl.constexpr, NESTEROV: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -196,26 +191,22 @@ def _step_weights_kernel(
         tl.program_id(0), tiles, rows, (x_ptr, index_ptr, first, scale), parameters, (hidden, grads),
         partials_ptr, wrong_ptr, coefficients_ptr + step * 2 * (len(WIDTHS) - 1) * COEFFICIENTS,
         losses_ptr + step,
-        WIDTHS, BLOCKS, LOSS, OPTIMIZER, NESTEROV, BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION, UPCAST,
+        WIDTHS, BLOCKS, LOSS, OPTIMIZER, NESTEROV, BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION,
     )  # fmt: skip
 
 
-class _Plan(NamedTuple):
-    tiles: int  # of rows
-    weight_tiles: int
-    rows: dict[str, Any]  # options of the two launches
-    weights: dict[str, Any]
-
-
 @functools.lru_cache(256)
-def _plan(network: Network, rows: int, kind: str, upcast: bool, overlap: bool) -> _Plan:
+def _plan(
+    network: Network, rows: int, kind: str, overlap: bool
+) -> tuple[int, int, dict[str, Any], dict[str, Any]]:
+    """How many tiles of rows and of weights there are, and the options of the two launches."""
     rows_tile = ROWS_TILES[kind][-1 if rows > MANY_ROWS else 0]
     weights_tile = WEIGHTS_TILES[kind]
-    shared = constants(network, kind, upcast) | {"OVERLAP": overlap}
+    shared = constants(network, kind) | {"OVERLAP": overlap}
     if overlap:
         shared["launch_pdl"] = True
     updates = {"OPTIMIZER": network.optimizer, "NESTEROV": network.nesterov}
-    return _Plan(
+    return (
         cdiv(rows, rows_tile.BLOCK_M),
         count_weight_tiles(network.widths, weights_tile),
         shared | rows_tile._asdict(),
@@ -223,25 +214,14 @@ def _plan(network: Network, rows: int, kind: str, upcast: bool, overlap: bool) -
     )
 
 
-def constants(network: Network, kind: str, upcast: bool) -> dict[str, Any]:
+def constants(network: Network, kind: str) -> dict[str, Any]:
     """The launch options that all training-step kernels share."""
-    return COMPILE_OPTIONS | {
-        "WIDTHS": network.widths,
-        "BLOCKS": tuple(map(block_of, network.widths)),
-        "LOSS": network.loss,
-        "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
-        "UPCAST": upcast,
-    }
+    blocks = tuple(map(block_of, network.widths))
+    return options_for(kind) | {"WIDTHS": network.widths, "BLOCKS": blocks, "LOSS": network.loss}
 
 
 def count_weight_tiles(widths: Sequence[int], tile: WeightsTile) -> int:
     return sum(cdiv(N, tile.BLOCK_N) * cdiv(K, tile.BLOCK_K) for K, N in itertools.pairwise(widths))
-
-
-def arithmetic_of(workspace: Workspace) -> tuple[str, bool]:
-    """``(kind, upcast)``, see launch.Setting."""
-    dtype = workspace.grads[0].dtype
-    return arithmetic(dtype), dtype == torch.bfloat16 and interpreting()
 
 
 def multiplied(parameters: Parameters) -> tuple[torch.Tensor, ...]:
@@ -271,8 +251,7 @@ def train_step(
     >>> job = Job(x, None, y, parameters, network, coefficients, losses, workspace)
     >>> train_step(job, 0, 64, 0)
     """
-    for one in _launches(job, first, rows, step, overlap, step if number is None else number):
-        launch(*one)
+    _both_phases(launch, job, first, rows, step, overlap, step if number is None else number)
 
 
 def build_step(job: Job, rows: int) -> None:
@@ -280,25 +259,20 @@ def build_step(job: Job, rows: int) -> None:
 
     If a kernel cannot be built, it raises what train_step raises, before any step has changed anything.
     """
-    for one in _launches(job, 0, rows, 0, False, 0):
-        build(*one)
+    _both_phases(build, job, 0, rows, 0, False, 0)
 
 
-def _launches(
-    job: Job, first: int, rows: int, step: int, overlap: bool, number: int
-) -> tuple[tuple[Any, tuple[int, ...], torch.Tensor, tuple[Any, ...], dict[str, Any]], ...]:
-    """The arguments of ``launch`` for each of the two launches."""
+def _both_phases(
+    run: Callable[..., None], job: Job, first: int, rows: int, step: int, overlap: bool, number: int
+) -> None:
+    """Launch or build the kernels of both phases."""
     x, order, target, parameters, network, coefficients, losses, ws, scale = job
-    plan = _plan(network, rows, *arithmetic_of(ws), overlap)
-    for_rows = (
-        first, rows, plan.tiles, number, x, order, target, multiplied(parameters), parameters.biases,
-        ws.hidden, ws.grads, ws.partials, ws.wrong, scale,
-    )  # fmt: skip
-    for_weights = (
-        first, rows, plan.tiles, step, x, order, tuple(parameters), ws.hidden, ws.grads, ws.partials,
-        ws.wrong, coefficients, losses, scale,
-    )  # fmt: skip
-    return (
-        (_step_rows_kernel, (plan.tiles,), x, for_rows, plan.rows),
-        (_step_weights_kernel, (plan.weight_tiles,), x, for_weights, plan.weights),
+    tiles, weight_tiles, rows_options, weights_options = _plan(
+        network, rows, arithmetic(ws.grads[0].dtype), overlap
     )
+    memory = ws.hidden, ws.grads, ws.partials, ws.wrong
+    weights, biases = multiplied(parameters), parameters.biases
+    args: tuple[Any, ...] = first, rows, tiles, number, x, order, target, weights, biases, *memory, scale
+    run(_step_rows_kernel, (tiles,), x, args, rows_options)
+    args = first, rows, tiles, step, x, order, tuple(parameters), *memory, coefficients, losses, scale
+    run(_step_weights_kernel, (weight_tiles,), x, args, weights_options)

@@ -9,7 +9,7 @@ of a weight and sums over all rows in order, so results are the same bits every 
 import triton
 import triton.language as tl
 
-from ..gemm import select
+from ..gemm import dot, select
 from .optimizers import COEFFICIENTS, update
 from .rows import NONE_WRONG, converted
 
@@ -49,7 +49,6 @@ def _weight_tile(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """Compute one tile of grad_W and, in the first column of tiles, of grad_b; update these parameters."""
     a_ptr, index_ptr, first = inputs
@@ -78,10 +77,7 @@ def _weight_tile(
             other=0,
         )
         a = converted(a, grad_ptr, scale)
-        if UPCAST:
-            grad = grad.to(tl.float32)
-            a = a.to(tl.float32)
-        acc = tl.dot(tl.trans(grad), a, acc, input_precision=INPUT_PRECISION)  # g.T @ h
+        acc = dot(tl.trans(grad), a, acc, INPUT_PRECISION)  # g.T @ h
         sums += grad.to(tl.float32)
     counted = total_of(partials_ptr + tiles, tiles)
     mean = tl.where(counted > 0.0, FACTOR / counted, 0.0)  # c; without counted labels there is no gradient
@@ -118,7 +114,6 @@ def weights_of_step(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """Find the layer of this tile and update its part of that layer's parameters.
 
@@ -135,7 +130,7 @@ def weights_of_step(
         _weight_tile(
             tile, WIDTHS[1], WIDTHS[0], [column[0] for column in parameters], coefficients_ptr,
             (x_ptr, index_ptr, first), WIDTHS[0], grads[0], BLOCKS[1], rows, tiles, partials_ptr, scale, go,
-            FACTOR, OPTIMIZER, NESTEROV, BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION, UPCAST,
+            FACTOR, OPTIMIZER, NESTEROV, BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION,
         )  # fmt: skip
     elif len(WIDTHS) > 2:
         # The other layers share their code: separate code for each would cost registers or instruction cache.
@@ -159,7 +154,7 @@ def weights_of_step(
         _weight_tile(
             tile - begin, N, K, own, own_coefficients_ptr,
             (a_ptr, None, 0), pitch_a, grad_ptr, pitch_g, rows, tiles, partials_ptr, scale, go,
-            FACTOR, OPTIMIZER, NESTEROV, BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION, UPCAST,
+            FACTOR, OPTIMIZER, NESTEROV, BLOCK_N, BLOCK_K, BLOCK_M, INPUT_PRECISION,
         )  # fmt: skip
     if tile == 0:
         loss = total_of(partials_ptr, tiles) / total_of(partials_ptr + tiles, tiles)

@@ -164,7 +164,7 @@ def test_tune_leaves_a_failing_tile_out(error: str, table: None, fail: Any) -> N
 
 def test_tune_goes_on_without_a_kernel_that_pytorchs_path_needs(table: None, fail: Any) -> None:
     """Behind its product the mask is ours, in the same pass as the bias gradient."""
-    fail(relu_backward, "_relu_backward_kernel", ERRORS["shared memory"])
+    fail(relu_backward, "relu_backward_kernel", ERRORS["shared memory"])
     tuned = fusedmlp.tune([(8, 16, 16)], torch.float32)
     assert [p.operation for p in tuned.products] == ["forward", "grad_weight"]
     assert "left out: grad_input of 8 x 16 -> 16: the Triton kernel relu_backward failed" in str(tuned)

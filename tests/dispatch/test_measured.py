@@ -178,8 +178,8 @@ def test_the_measured_tile_is_used(install: Install, device: torch.device) -> No
     found = grad_input._plan(M, N, K, True, setting, None)
     assert found is not None
     assert found[0] == half["b"]
-    options = grad_weight._plan(M, ((N, K),), (), 0, setting, None).options
-    assert (options["BLOCK_N"], options["BLOCK_K"], options["BLOCK_M"]) == (128, 128, 64)
+    *_, options = grad_weight._plan(M, ((N, K),), (), 0, setting, None)
+    assert options["TILE"] == (128, 128, 64)
     # Not of unaligned operands, which it was not compiled for, nor of other sizes.
     for sizes, aligned in (((M, N, K), False), ((M, N, 2 * K), True), ((4 * M, N, K), True)):
         assert setting.measured("forward", *sizes, aligned, None) == (None, False)

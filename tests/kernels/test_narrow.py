@@ -73,9 +73,10 @@ def backward(
 ) -> Any:
     """grad_x, of each layer grad_z, and the bias gradients."""
     sums: Any = []
-    found = narrow_backward.narrow_backward(
-        grad, activations, weights, final_relu, need_x, need_w, need_b, launch.setting_of(grad), sums, form
+    given = narrow_backward.Chain(
+        grad, activations, weights, final_relu, need_x, need_w, need_b, launch.setting_of(grad), sums
     )
+    found = narrow_backward.narrow_backward(given, form)
     partial_sums.add_up(sums)
     assert found is not None
     return found
@@ -281,9 +282,9 @@ def test_huge_strides_and_unusual_activations_go_layer_by_layer(device: torch.de
     assert narrow_forward.narrow_forward(x, weights, [far_bias, None], False, 0, setting, form) is None
     hidden = torch.ones(32, 4, device=device).t()
     needs = [True] * 2
-    assert narrow_backward.narrow_backward(
-        x[:, :16], [x, hidden, None], weights, False, False, needs, needs, setting, [], form
-    ) is None  # fmt: skip
+    saved = [x, hidden, None]
+    given = narrow_backward.Chain(x[:, :16], saved, weights, False, False, needs, needs, setting, [])
+    assert narrow_backward.narrow_backward(given, form) is None
 
 
 def test_which_form() -> None:
@@ -345,6 +346,5 @@ def test_what_was_measured_layer_by_layer_goes_so(
     setting = launch.setting_of(x)
     assert narrow_forward.narrow_forward(x, weights, biases, False, 0, setting) is None
     saved, needs = [x, torch.ones(8, 32, device=device), None], [True, True]
-    assert narrow_backward.narrow_backward(
-        x, saved, weights, False, True, needs, needs, setting, []
-    ) is None  # fmt: skip
+    given = narrow_backward.Chain(x, saved, weights, False, True, needs, needs, setting, [])
+    assert narrow_backward.narrow_backward(given) is None

@@ -24,8 +24,8 @@ from fusedmlp.kernels.launch import COMPILE_OPTIONS
 from fusedmlp.kernels.layer.forward import _linear_forward_kernel
 from fusedmlp.kernels.layer.grad_input import _grad_input_kernel
 from fusedmlp.kernels.layer.grad_weight import _grad_weights_kernel
-from fusedmlp.kernels.layer.relu_backward import BLOCK_M, BLOCK_N, NUM_WARPS, _relu_backward_kernel
-from fusedmlp.kernels.narrow.backward import BLOCK_C, _narrow_backward_kernel
+from fusedmlp.kernels.layer.relu_backward import NUM_WARPS, relu_backward_kernel
+from fusedmlp.kernels.narrow.backward import _narrow_backward_kernel
 from fusedmlp.kernels.narrow.forward import (
     FEW_ROWS,
     IN_REGISTERS,
@@ -34,7 +34,7 @@ from fusedmlp.kernels.narrow.forward import (
     _narrow_forward_kernel,
 )
 from fusedmlp.kernels.partial_sums import _add_up_kernel
-from fusedmlp.kernels.tiles import GROUP, ITEMSIZE, TILES, UNALIGNED, Tile
+from fusedmlp.kernels.tiles import ITEMSIZE, TILES, UNALIGNED, Tile, block_of
 from fusedmlp.kernels.train_step.persistent import PERSISTENT_TILES, _steps_kernel, why_not_persistent
 from fusedmlp.kernels.train_step.step import (
     ROWS_TILES,
@@ -43,7 +43,6 @@ from fusedmlp.kernels.train_step.step import (
     WeightsTile,
     _step_rows_kernel,
     _step_weights_kernel,
-    block_of,
 )
 
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
@@ -84,9 +83,9 @@ def products(
             arguments |= dict.fromkeys(operands, f"*{dtype}{multiple}")
             odd = shape[0]  # the size N or K, where the shape names one
             arguments |= {name: "i32" for name, size in [*pitches.items(), (odd, odd)] if size == odd}
-            arguments |= dict(zip(blocks, (tile.BLOCK_R, tile.BLOCK_C, tile.BLOCK_K, GROUP), strict=True))
+            arguments |= dict(zip(blocks, tile[:3], strict=True))
             arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
-            arguments |= {"UPCAST": False, "WIDE": shape != "aligned", "M": "i32"} | given
+            arguments |= {"WIDE": shape != "aligned", "M": "i32"} | given
             if arguments.get("bias_ptr") == "like x":
                 arguments["bias_ptr"] = arguments["x_ptr"]
             name = f"{kernel.__name__} {dtype} {kind} {tuple(tile)} {shape} {variant}"
@@ -119,18 +118,12 @@ def grouped_products() -> Iterator[Spec]:
         for (tile, layers, shape), dtype, parts in itertools.product(ships, DTYPES[kind], ways):
             aligned, _, unaligned = layers.partition("+")
             out = "*fp32:16" if parts else f"*{dtype}:16"
-            blocks = {"BLOCK_N": tile.BLOCK_R, "BLOCK_K": tile.BLOCK_C, "BLOCK_M": tile.BLOCK_K}
-            blocks |= {
-                "UNALIGNED_BLOCK_N": odd.BLOCK_R,
-                "UNALIGNED_BLOCK_K": odd.BLOCK_C,
-                "UNALIGNED_BLOCK_M": odd.BLOCK_K,
-            }
+            blocks = {"TILE": tile[:3], "UNALIGNED_TILE": odd[:3]}
             bias_left: dict[str, Any] = {"grad_z_ptr": f"*{dtype}", "partials_ptr": "*fp32:16"}
             bias_left |= dict.fromkeys(("N", "stride_zm", "chunks", "rows_per_chunk"), "i32")
             arguments = {"layers": layers_like(aligned, dtype, out, "all even")}
             arguments |= {"unaligned_layers": layers_like(unaligned, dtype, out, shape)}
             arguments |= dict.fromkeys(("M", "splits", "rows_per_split"), "i32") | bias_left | blocks
-            arguments |= {"GROUP": GROUP, "SUM_BLOCK_M": BLOCK_M, "SUM_BLOCK_N": BLOCK_N, "UPCAST": False}
             arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
             name = f"grad_weights {dtype} {kind} {tuple(tile)} {layers} layers, {shape}, {parts=}"
             yield Spec(name, _grad_weights_kernel, arguments, kind, tile)
@@ -180,7 +173,7 @@ def training_steps(which: str) -> Iterator[Spec]:
             arguments |= dict.fromkeys(("partials_ptr", "coefficients_ptr", "losses_ptr"), "*fp32:16")
             arguments["wrong_ptr"] = "*i64:16"
             arguments |= {"WIDTHS": widths, "BLOCKS": tuple(map(block_of, widths)), "LOSS": loss}
-            arguments |= {"OPTIMIZER": optimizer, "NESTEROV": True, "UPCAST": False, "OVERLAP": False}
+            arguments |= {"OPTIMIZER": optimizer, "NESTEROV": True, "OVERLAP": False}
             arguments |= {"INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
             arguments |= {"ROWS_BLOCK_M": rows_tile.BLOCK_M, "ROWS_BLOCK_K": rows_tile.BLOCK_K}
             arguments |= {key: value for key, value in tile._asdict().items() if key.startswith("BLOCK")}
@@ -219,7 +212,6 @@ def narrow(backward: bool) -> Iterator[Spec]:
                 "STRIDES": tuple((K, 1, 1) for K in widths[:-1]),
                 "FINAL_RELU": training,
                 "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
-                "UPCAST": False,
                 "M": "i32",
                 "zero": "i32:16",
                 "weight_ptrs": (pointer,) * L,
@@ -232,7 +224,6 @@ def narrow(backward: bool) -> Iterator[Spec]:
                 arguments |= {"partials_ptrs": sums, "grad_x_ptr": new if training else None}
                 arguments["weight_ptrs"] = (pointer if training else None,) + (pointer,) * (L - 1)
                 arguments |= {"stride_gm": "i32" if widths[-1] % 16 else "i32:16", "stride_gn": 1}
-                arguments |= {"BLOCK_C": BLOCK_C}
             else:
                 arguments |= {"x_ptr": pointer, "bias_ptrs": (pointer,) * L, "KEEP": 0 if training else L - 1}
                 hidden = new if training or form.STAGED else None
@@ -276,7 +267,7 @@ def specs(which: str) -> Iterator[Spec]:
             _linear_forward_kernel,
             ("x_ptr", "weight_ptr", "y_ptr"),
             {"stride_xm": "K", "stride_wn": "K"},
-            ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP"),
+            ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
             {
                 "relu and bias": layer | {"stride_xk": 1},
                 "plain": layer | {"RELU": False, "bias_ptr": None, "stride_xk": 1},
@@ -289,7 +280,7 @@ def specs(which: str) -> Iterator[Spec]:
             _grad_input_kernel,
             ("grad_z_ptr", "weight_ptr", "y_ptr", "grad_x_ptr"),
             {"stride_zm": "N", "stride_wn": "K", "stride_ym": "K"},
-            ("BLOCK_M", "BLOCK_K", "BLOCK_N", "GROUP"),
+            ("BLOCK_M", "BLOCK_K", "BLOCK_N"),
             {
                 "relu and sums": layer | {"partials_ptr": "*fp32:16"},
                 "relu": layer | {"partials_ptr": None},
@@ -304,15 +295,15 @@ def specs(which: str) -> Iterator[Spec]:
     elif which == "relu_backward":
         flags = itertools.product((True, False), repeat=3)
         for dtype, (relu, bias, odd) in itertools.product(("fp32", "fp16", "bf16"), flags):
-            arguments = dict.fromkeys(_relu_backward_kernel.arg_names, "i32" if odd else "i32:16")
+            arguments = dict.fromkeys(relu_backward_kernel.arg_names, "i32" if odd else "i32:16")
             arguments |= {"grad_output_ptr": f"*{dtype}:16", "M": "i32", "rows_per_chunk": "i32"}
             arguments |= {"y_ptr": f"*{dtype}:16", "grad_z_ptr": f"*{dtype}:16"} if relu else {}
             constants = {} if relu else {"y_ptr": None, "grad_z_ptr": None, "stride_ym": 0, "stride_yn": 0}
             constants |= {"partials_ptr": "*fp32:16" if bias else None, "stride_gn": 1, "stride_yn": 1}
-            constants |= {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
+            constants |= {"block_n": None, "chunk": None}
             if (relu and bias) or ((relu or bias) and not odd):
                 name = f"relu_backward {dtype} {relu=} {bias=} {odd=}"
-                yield Spec(name, _relu_backward_kernel, arguments | constants, num_warps=NUM_WARPS)
+                yield Spec(name, relu_backward_kernel, arguments | constants, num_warps=NUM_WARPS)
         for dtype, block_p in itertools.product(("fp32", "fp16", "bf16"), (8, 32, 256)):
             arguments = {"partials_ptrs": ("*fp32:16",) * 3, "out_ptrs": (f"*{dtype}:16",) * 3}
             arguments |= {"odd_parts": ("i32",) * 3, "sizes": ("i32:16", "i32", "i32:16")}

@@ -31,6 +31,7 @@ import fusedmlp.kernels
 from fusedmlp.kernels import launch
 from fusedmlp.kernels.layer import forward as forward_module
 from fusedmlp.kernels.layer.forward import linear_forward
+from fusedmlp.kernels.layer.relu_backward import SUM_N
 from fusedmlp.kernels.partial_sums import _add_up_kernel
 from fusedmlp.kernels.tiles import Tile, cdiv
 from fusedmlp.kernels.train_step import persistent
@@ -120,14 +121,14 @@ def pretend(arch: int) -> Stub:
 
 
 def every_kernel() -> list[JITFunction]:
-    """All kernels that can be launched: the JIT functions of fusedmlp.kernels that no other one calls."""
+    """All kernels that can be launched: the JIT functions named so, and those that no other one calls."""
     found: dict[str, JITFunction] = {}
     for module in pkgutil.walk_packages(fusedmlp.kernels.__path__, "fusedmlp.kernels."):
         for value in vars(import_module(module.name)).values():
             if isinstance(value, JITFunction) and value.__module__.startswith("fusedmlp.kernels."):
                 found[value.__name__] = value
     called = {name for kernel in found.values() for name in kernel.fn.__code__.co_names}
-    return [kernel for name, kernel in found.items() if name not in called]
+    return [kernel for name, kernel in found.items() if name.endswith("_kernel") or name not in called]
 
 
 def passed_on(value: Any, type_: Any) -> Iterator[int]:
@@ -157,8 +158,8 @@ def meant_grid(name: str, given: dict[str, Any]) -> int | tuple[int, int] | None
             cdiv(outputs, given["BLOCK_N"]) * cdiv(inputs, given["BLOCK_K"])
             for inputs, outputs in itertools.pairwise(given["WIDTHS"])
         )
-    if name == "_relu_backward_kernel":
-        return cdiv(given["N"], given["BLOCK_N"]), cdiv(given["M"], given["rows_per_chunk"])
+    if name == "relu_backward_kernel":
+        return cdiv(given["N"], SUM_N.value), cdiv(given["M"], given["rows_per_chunk"])
     if name == "_add_up_kernel":
         return sum(cdiv(size, given["BLOCK"]) for size in given["sizes"])
     return None
