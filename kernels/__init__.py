@@ -1,16 +1,15 @@
 """Triton kernels for Linear and Linear+ReLU, and their launchers. Installed as ``fusedmlp.kernels``.
 
-Shapes: ``x (M, K)``, ``weight (N, K)``, ``bias (N,)``, ``y (M, N)``; M is the number of rows (batch), K of
-input features, N of output features. Launchers do not check their arguments: ``fusedmlp.dispatch.predicate``
-has done that.
+Shapes: ``x (M, K)``, ``weight (N, K)``, ``bias (N,)``, ``y (M, N)``, for a batch of M rows, K input features
+and N output features. Launchers do not check their arguments: ``fusedmlp.dispatch.predicate`` has done that.
 
-The formulas are at the head of four places: layer/ (one layer), chain.py (a chain of layers), narrow/ (a
+The formulas are in four docstrings: layer/ (one layer), chain.py (a chain of layers), narrow/ (a
 chain of narrow layers in one launch) and train_step/ (a training step in two launches).
 """
 
 if __name__ == "kernels":
-    # Python runs in the checkout, and another package, such as transformers, looks for the distribution of
-    # this name. It finds an empty module with a version that is too old to use.
+    # Python runs in the checkout, and another package, such as transformers, looks for the distribution
+    # "kernels". It finds this empty module instead, whose version is too old to be used.
     __version__ = "0.0.0"
     del __path__  # otherwise "import kernels.chain" would load a second copy
 

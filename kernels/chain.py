@@ -6,10 +6,10 @@ With ``h[0] = x (M, K)``, and for layer i weight ``W[i] (N, K)`` and bias ``b[i]
     backward    grad_z[i - 1] = grad_z[i] @ W[i] where h[i] > 0, else 0
                 grad_W[i] = grad_z[i].T @ h[i],   grad_b[i] = grad_z[i].sum(0),   grad_x = grad_z[0] @ W[0]
 
-Launches, if each layer has its own (layer/): one for each layer's forward; one for each grad_z, together with
-the mask and grad_b; one for all grad_W; one that adds partial sums. So there is no separate pass over the
-activations, except for a final ReLU and for a copy of tensors whose rows are not contiguous. Narrow layers
-(narrow/) instead have one launch for the whole forward and one for all grad_z, where that is faster: see
+Usually each layer has its own launches (layer/): one for its forward, and one for its grad_z, with the mask
+and grad_b. One more launch computes all grad_W, and another adds partial sums. A separate pass over the
+activations is needed only for a final ReLU, and to copy tensors whose rows are not contiguous. A chain of
+narrow layers (narrow/) has one launch for the whole forward and one for all grad_z, where that is faster: see
 narrow.forward.select_form and wins.
 """
 
@@ -44,9 +44,9 @@ def mlp_forward(
 ) -> list[torch.Tensor]:
     """``x (M, K)`` through each ``weight (N, K)``, with ReLU between them and, if ``final_relu``, at the end.
 
-    Returns the outputs ``(M, N)``, contiguous, of the layers from number ``keep`` on: backward needs those,
-    inference only the last. Dtypes and strides as in linear_forward. Where PyTorch's operator was measured to
-    be faster for a product, it is used, unless ``forced``.
+    Returns the contiguous outputs ``(M, N)`` of the layers from number ``keep`` on: backward needs all of
+    them, inference only the last. Dtypes and strides are those of linear_forward. A product for which
+    PyTorch's operator was measured to be faster uses that operator, unless ``forced``.
 
     >>> hidden, y = mlp_forward(x, [weight1, weight2], [bias1, bias2], final_relu=False, keep=0)
     """
@@ -85,8 +85,8 @@ def mlp_backward(
     """``(grad_x, grad_weights, grad_biases)``, each None where it is not needed.
 
     grad_output: (M, N) of any strides. activations: x and every layer's output. lowest: the lowest layer that
-    needs a gradient, 0 if x does. Activations and weights that no gradient depends on may be None. It writes
-    to no argument. forced: as in mlp_forward.
+    needs a gradient; 0 if x needs one. Activations and weights that no gradient depends on may be None. No
+    argument is written to. forced: as in mlp_forward.
 
     >>> grad_x, grad_weights, grad_biases = mlp_backward(
     ...     grad_y, [x, hidden, y], [weight1, weight2], False, 0, True, [True, True], [True, True])
@@ -121,7 +121,7 @@ def mlp_backward(
 
 
 class _WeightGradients:
-    """The weight gradients of a chain, which wait for a common launch, and the last layer's bias gradient."""
+    """Collects the weight gradients of a chain, and the last layer's bias gradient, for a common launch."""
 
     def __init__(self, layers: int, bias_left: torch.Tensor | None, setting: Setting) -> None:
         self.grads: Grads = [None] * layers
@@ -133,13 +133,13 @@ class _WeightGradients:
         self._setting = setting
 
     def add(self, i: int, grad_z: torch.Tensor, x: torch.Tensor, aligned: bool) -> None:
-        """Let layer i wait, with rows of x contiguous."""
+        """Queue the weight gradient of layer i. The rows of x must be contiguous."""
         self.grads[i] = grad = x.new_empty(grad_z.shape[1], x.shape[1])
         self._waiting.append(Layer(grad_z, x, aligned, grad))
         self.multiplications += grad.numel() * x.shape[0]
 
     def launch(self) -> None:
-        """Compute what waits."""
+        """Compute the queued gradients."""
         if self._waiting or self._bias_left is not None:
             grad_bias = grad_weights(self._waiting, self._bias_left, self._setting, self.sums)
             self.grad_bias = self.grad_bias if grad_bias is None else grad_bias
@@ -175,5 +175,5 @@ def _one_by_one(chain: Chain, products: _WeightGradients) -> tuple[torch.Tensor 
 
 
 def row_major(x: torch.Tensor) -> torch.Tensor:
-    """x with contiguous rows, a copy if need be. Only tensors from the caller can lack them."""
+    """x, or a copy if its rows are not contiguous. Only tensors from the caller can need one."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""What the three matrix products share on the device: the order of tiles and the loop over the reduction.
+"""Device code that the three matrix products share: the order of tiles and the loop over the reduction.
 
 All three are ``C (R, C) = A (R, K) @ B (K, C)`` for some strides:
 
@@ -36,7 +36,7 @@ def tile_position(tile, tiles_r, tiles_c):
 
 @triton.jit
 def tile_range(tile, BLOCK: tl.constexpr, limit, WIDE: tl.constexpr):
-    """``(first, offs, valid)`` of a tile along one dimension: its start, offsets from it, which are inside.
+    """``(first, offs, valid)`` of a tile along one dimension: start, offsets from it, and which are inside.
 
     ``first`` is int64, as a row times its stride can exceed 2**31. Within a tile 32 bits are enough and take
     half the registers, unless strides are huge (WIDE). Mask invalid offsets: if they were redirected to a
@@ -52,9 +52,9 @@ def tile_range(tile, BLOCK: tl.constexpr, limit, WIDE: tl.constexpr):
 
 @triton.jit
 def select(here, new, old):
-    """For each entry of two tuples, the new one where ``here`` holds, else the old one.
+    """The tuple ``new`` where ``here`` holds, else the tuple ``old``.
 
-    A kernel whose tiles belong to several layers steps through the layers with it to find a tile's layer.
+    A kernel whose tiles belong to several layers calls it for each layer in turn to find a tile's layer.
     """
     chosen = ()
     for i in tl.static_range(len(old)):

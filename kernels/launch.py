@@ -1,4 +1,4 @@
-"""What the launchers share on the host: device limits, launching, failures, arithmetic and alignment."""
+"""Host code that the launchers share: device limits, launching, failures, arithmetic and alignment."""
 
 import contextlib
 import dataclasses
@@ -67,7 +67,7 @@ def dry_run(note: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
 
 
 def dry_run_note() -> Callable[[str, tuple[Any, ...]], None] | None:
-    """In a dry run, what to call instead of one of PyTorch's operators; else None."""
+    """In a dry run, the function to call instead of a PyTorch operator; else None."""
     return _dry_run.note
 
 
@@ -162,7 +162,7 @@ def first_line(error: Exception) -> str:
 # Compared by identity, which is fast: setting_of creates only one for each combination of values.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setting:
-    """What all launches of a chain have in common; with their sizes, it decides how they are launched."""
+    """What all launches of a chain have in common. With the sizes, it decides how they are launched."""
 
     kind: str  # the arithmetic, a row of the tile table: see arithmetic
     device: Device
@@ -174,7 +174,7 @@ class Setting:
     ) -> tuple[Tile | None, bool]:
         """``(the fastest tile for a layer's product, whether PyTorch's operator was faster still)``.
 
-        The tile is None if nothing was measured. An argument ``tile`` that is not None is returned as it is.
+        The tile is None if nothing was measured. A ``tile`` that is given is returned unchanged.
         """
         if tile is not None:
             return tile, False

@@ -19,7 +19,7 @@ MOST_AT_ONCE = 32  # sums in one launch: each has its own arguments, of which a 
 
 
 def parts_of(out: torch.Tensor, parts: int, sums: Sums) -> torch.Tensor:
-    """Where a kernel stores the parts of a sum: in out if it is one part, else in memory for ``add_up``."""
+    """Where a kernel stores the parts of a sum: a single part in out, more in memory for ``add_up``."""
     if parts == 1:
         return out
     partials = out.new_empty(parts, *out.shape, dtype=torch.float32)
@@ -62,7 +62,7 @@ def _add_up_kernel(
 
 
 def add_up(sums: Sums) -> None:
-    """``out = partials.sum(0)`` for each of ``sums``, whose outs have one dtype; 32 of them in one launch."""
+    """Compute ``out = partials.sum(0)`` for each of ``sums``. All outs have the same dtype."""
     for first in range(0, len(sums), MOST_AT_ONCE):
         partials, outs = zip(*sums[first : first + MOST_AT_ONCE], strict=True)
         # Triton compiles again when an integer in a tuple becomes a multiple of 16. The number of parts

@@ -20,7 +20,7 @@ class Tile(NamedTuple):
 
 
 # Largest first. tests/kernels/test_codegen.py compiles every entry for sm_80, sm_90 and sm_100: each uses
-# the tensor cores, spills no registers and has no serialised wgmma; larger tiles do not manage that.
+# the tensor cores, spills no registers and has no serialised wgmma; larger tiles fail one of these.
 # All fit in 99 KB, the least shared memory of these chips (sm_86, sm_89, sm_120). None has been timed yet.
 TILES: dict[str, tuple[Tile, ...]] = {
     "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
@@ -60,8 +60,8 @@ def select_tile(
     """The largest tile that the largest product fills at least by half and that gives every SM work.
 
     sizes: rows and columns of the products of one launch. kind: "half" (float16, bfloat16), "tf32" or "ieee"
-    (float32). aligned: all operands are, see launch.is_aligned_tensor. most_splits: into how many parts at
-    most each tile's reduction may be cut.
+    (float32). aligned: all operands are, see launch.is_aligned_tensor. most_splits: the largest number of
+    parts into which a tile's reduction may be cut.
     """
     if not aligned:
         return UNALIGNED[kind]
@@ -78,12 +78,12 @@ def count_tiles(sizes: Sequence[tuple[int, int]], tile: Tile) -> int:
 
 
 def most_splits(reduction: int) -> int:
-    """Into how many parts at most: for less than 256 of the reduction, float32 sums cost too much."""
+    """The largest number of parts: float32 sums of parts shorter than 256 would cost too much."""
     return max(1, reduction // 256)
 
 
 def select_splits(tiles: int, reduction: int, num_sms: int) -> int:
-    """Into how many parts to cut the reduction, so that few tiles still fill the chip.
+    """The number of parts into which the reduction is cut, so that few tiles still fill the chip.
 
     It depends only on the sizes and the chip, so the same call always adds in the same order.
     """

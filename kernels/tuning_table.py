@@ -1,6 +1,6 @@
 """Tables of measurements, from which tiles and paths are chosen, read from JSON files.
 
-There is one file for each device and minor version of Triton, whose compilers differ too much to share one.
+Each file is for one minor version of Triton, because their compilers differ too much to share measurements.
 Our files lie beside this module, one for each family of devices. The user's file is for one exact device, is
 in the platform's cache folder, and takes precedence over ours.
 """
@@ -27,11 +27,11 @@ MODES = ("inference", "training")
 
 
 class Product(NamedTuple):
-    """One product of a layer: our fastest tile, and the microseconds of it and of PyTorch's operator.
+    """One product of a layer: our fastest tile, its microseconds, and those of PyTorch's operator.
 
     "forward" is ``relu(x @ weight.T + bias)``; "grad_weight" is ``grad_z.T @ x``; "grad_input" is
-    ``grad_z @ weight`` with the mask and the bias gradient of the layer below, which after PyTorch's operator
-    our relu_backward computes.
+    ``grad_z @ weight`` with the mask and the bias gradient of the layer below. After PyTorch's operator, our
+    relu_backward computes these two.
     """
 
     tile: Tile
@@ -81,7 +81,7 @@ class Table:
     ) -> bool | None:
         """Whether these layers were faster in one launch; None if nothing was measured.
 
-        False if only some of their products were measured, as those are the best choice for single layers.
+        False if only products of single layers were measured, because their tiles need one launch per layer.
         """
         whole = self.stretches.get((mode, kind, bucket(M), widths, final_relu))
         if whole is not None:
@@ -141,11 +141,11 @@ def users_file(here: Where) -> pathlib.Path:
     """The user's own table, in the platform's cache folder (~/.cache on Linux)."""
     try:
         import platformdirs
+
+        folder = platformdirs.user_cache_path("fusedmlp")
     except ImportError:  # use its result for Linux
         caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         folder = caches / "fusedmlp"
-    else:
-        folder = platformdirs.user_cache_path("fusedmlp")
     slug = re.sub(r"[^A-Za-z0-9]+", "-", here.device).strip("-")
     return folder / f"tuned_{slug}_triton_{here.triton}.json"
 
@@ -258,7 +258,7 @@ def read(file: pathlib.Path, here: Where, exact: bool) -> Table | None:
 
 
 def in_a_distributed_job() -> bool:
-    """True if other processes must choose as this one does. Their files may differ, and change."""
+    """True if other processes must choose the same kernels as this one. Their users' files may differ."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size() > 1
@@ -285,7 +285,7 @@ def table_of(index: int | None) -> Table:
     return _read(index)
 
 
-forget: Callable[[], None] = table_of.cache_clear  # call it after files have changed
+forget: Callable[[], None] = table_of.cache_clear  # to be called after files have changed
 
 
 def agree(index: int | None, table: Table) -> None:

@@ -89,8 +89,8 @@ def linear_forward(
 
     All tensors are float32, float16 or bfloat16, one dtype for all, of any strides. Sums, bias and ReLU are
     computed in float32 and rounded once; float32 products are IEEE unless torch's settings allow TF32. NaN
-    stays NaN under ReLU. aligned: x, weight and the result are aligned, see is_aligned_tensor. tile: use this
-    tile instead of the measured or the chosen one; for tests and timings.
+    stays NaN under ReLU. aligned: x, weight and the result are aligned, see is_aligned_tensor. tile: used
+    instead of the measured or chosen one, for tests and timings.
     """
     M, K = x.shape
     N = weight.shape[0]

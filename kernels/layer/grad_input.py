@@ -1,6 +1,6 @@
-"""Input gradient of a layer, ``grad_x = grad_z @ weight``, and what the layer below computes from it at once.
+"""Input gradient of a layer, ``grad_x = grad_z @ weight``, with mask and bias gradient of the layer below.
 
-Below another layer, y is that layer's output, and the kernel also applies its ReLU and sums over rows:
+If there is a layer below, y is its output, and the kernel also applies the mask and sums over rows:
 
     grad_x    = grad_z @ weight where y > 0, else 0    this is the grad_z of the layer below
     grad_bias = grad_x.sum(0)                          its bias gradient
@@ -26,7 +26,7 @@ from .relu_backward import relu_backward
 def _grad_input_kernel(
     grad_z_ptr,  # (M, N)
     weight_ptr,  # (N, K)
-    y_ptr,  # (M, K), the output of the ReLU below, or None: there is none
+    y_ptr,  # (M, K), the output of the ReLU below, or None without one
     grad_x_ptr,  # (M, K), contiguous
     partials_ptr,  # (tiles of rows, K), contiguous: sums of grad_x's rows, or None
     M,
@@ -97,9 +97,9 @@ def grad_input(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``grad_z (M, N) @ weight (N, K)``: ``(M, K)``, contiguous. Dtypes and strides as in linear_forward.
 
-    With y (M, K), the output of the ReLU below, it is 0 where y <= 0, and if ``need_grad_bias`` the second
-    result is the bias gradient (K,) of the layer below, complete once ``add_up(sums)`` has run. aligned: all
-    tensors that are read are aligned, see is_aligned_tensor. tile: as in linear_forward.
+    With y (M, K), the output of the ReLU below, the product is set to 0 where y <= 0. If ``need_grad_bias``,
+    the second result is the bias gradient (K,) of the layer below, complete once ``add_up(sums)`` has run.
+    aligned: all tensors that are read are aligned, see is_aligned_tensor. tile: as in linear_forward.
     """
     M, N = grad_z.shape
     K = weight.shape[1]

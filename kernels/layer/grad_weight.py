@@ -2,7 +2,7 @@
 
 The tiles of all layers share one persistent grid. If there are too few tiles to fill the chip, the rows are
 cut into ``splits`` parts, the same number for all layers. The same launch computes the bias gradient of a
-last layer without ReLU, which no other kernel does.
+last layer without ReLU, which no other kernel computes.
 """
 
 import functools
@@ -148,10 +148,8 @@ def _one_launch(
 ) -> None:
     """Launch the kernel for at most MOST_AT_ONCE layers, none of them empty, and perhaps a bias gradient."""
     M = layers[0].x.shape[0]
-    aligned: list[Layer] = []
-    unaligned: list[Layer] = []
-    for layer in layers:
-        (aligned if layer.aligned else unaligned).append(layer)
+    aligned = [layer for layer in layers if layer.aligned]
+    unaligned = [layer for layer in layers if not layer.aligned]
     partials, N, stride, chunks, rows_per_chunk, blocks = None, 0, 0, 0, 0, 0
     if bias_left is not None and grad_bias is not None:
         N, stride = bias_left.shape[1], bias_left.stride(0)
@@ -167,19 +165,15 @@ def _one_launch(
 
 
 def _arguments(layers: Sequence[Layer], splits: int, sums: Sums) -> tuple[object, ...] | None:
-    """The argument ``layers`` of _tiles_of_layers: a tuple for each column, with an entry for each layer."""
-    if not layers:
-        return None
-    return (
-        tuple([layer.grad_z for layer in layers]),
-        tuple([layer.x for layer in layers]),
-        # (splits, N, K), contiguous: float32 partial sums, or the gradient itself where splits is 1
-        tuple([parts_of(layer.grad, splits, sums) for layer in layers]),
-        tuple([layer.grad.shape[0] for layer in layers]),
-        tuple([layer.grad.shape[1] for layer in layers]),
-        tuple([layer.grad_z.stride(0) for layer in layers]),
-        tuple([layer.x.stride(0) for layer in layers]),
-    )
+    """The argument ``layers`` of _tiles_of_layers: a tuple for each column, with an entry for each layer.
+
+    out is (splits, N, K), contiguous: float32 partial sums, or the gradient itself if splits is 1.
+    """
+    rows = [
+        (z, x, parts_of(grad, splits, sums), *grad.shape, z.stride(0), x.stride(0))
+        for z, x, _, grad in layers
+    ]
+    return tuple(zip(*rows, strict=True)) or None
 
 
 def grad_weights(
@@ -194,8 +188,7 @@ def grad_weights(
     All layers have the same M and dtype, and contiguous rows (stride 1 within a row). bias_left: a grad_z
     (M, N) whose rows are to be summed as well, to the result ``(N,)``. All results are complete once
     ``add_up(sums)`` has run, and the same bits every time: partial sums are added in a fixed order, without
-    atomics. tile: use this tile for aligned layers instead of the measured or the chosen one; for tests and
-    timings.
+    atomics. tile: used for aligned layers instead of the measured or chosen one, for tests and timings.
     """
     work = [layer for layer in layers if layer.grad.numel()]
     if setting.table.products and tile is None:

@@ -14,8 +14,8 @@ from ..launch import COMPILE_OPTIONS, PLANS, Setting, launch
 from ..partial_sums import Sums, parts_of
 from ..tiles import cdiv
 
-SUM_M: tl.constexpr = tl.constexpr(32)  # rows and columns at a time
-SUM_N: tl.constexpr = tl.constexpr(128)
+SUM_M: tl.constexpr = tl.constexpr(32)  # rows at a time
+SUM_N: tl.constexpr = tl.constexpr(128)  # columns of a program
 # With 4 warps, the 64-bit offsets of unaligned strides need more registers than a thread has.
 NUM_WARPS = 8
 _OPTIONS = COMPILE_OPTIONS | {"num_warps": NUM_WARPS}
@@ -34,8 +34,8 @@ def relu_backward_kernel(
     stride_gn,
     stride_ym,
     stride_yn,
-    block_n=None,  # which SUM_N columns, for grad_weights; in a launch, each program has its own
-    chunk=None,  # which rows_per_chunk rows
+    block_n=None,  # which SUM_N columns; None: each program of the launch has its own
+    chunk=None,  # which rows_per_chunk rows, likewise
 ):
     if block_n is None:
         block_n, chunk = tl.program_id(0), tl.program_id(1)

@@ -1,6 +1,6 @@
 """Backward through the activations of a whole chain of narrow layers in one launch.
 
-As in the forward, a program carries a block of rows through all layers, here from the last down to the first:
+As in the forward, each program carries a block of rows through all layers, here from the last to the first:
 
     grad_z[i - 1] = grad_z[i] @ weight[i] where h[i] > 0, else 0
     partial sums for grad_bias[i - 1]: the sum of grad_z[i - 1] over the block's rows
@@ -50,7 +50,7 @@ def _through_relu(
     PADDED_N: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """``grad_z``, the gradient before the ReLU that gave y; store it and its sum over rows where wanted."""
+    """``grad_z``, the gradient before the ReLU that gave y. It and its sum over rows are stored if wanted."""
     y_ptr += first_m * N
     n = tl.arange(0, PADDED_N)
     mask = valid_m[:, None] & (n < N)[None, :]
@@ -70,8 +70,8 @@ def _through_relu(
 # What the kernel does depends on three compile-time conditions:
 #
 # FINAL_RELU    _through_relu computes the last layer's grad_z; else it is grad_output itself
-# STAGED        a product reads grad_z from memory (the L2 cache), where it was stored; else grad_z stays in
-#               registers from one layer to the next
+# STAGED        grad_z is stored, and the next product reads it from memory (the L2 cache); else it stays in
+#               registers
 # grad_x_ptr    None: the chain's input needs no gradient, and the first layer's product is skipped
 @triton.jit(do_not_specialize=["M"])
 def _narrow_backward_kernel(

@@ -1,4 +1,4 @@
-"""Forward of a whole chain of narrow layers in one launch, and when that is faster than one for each layer.
+"""Forward of a whole chain of narrow layers in one launch, and the rule for when that is faster.
 
     h[0] = x;  h[i + 1] = relu(h[i] @ weight[i].T + bias[i])
 
@@ -36,7 +36,7 @@ class Form(NamedTuple):
     STAGED: bool  # activations go from layer to layer through the L2 cache; else they stay in registers
 
 
-# All are compiled for sm_80, sm_90 and sm_100 by tests/kernels/test_codegen.py. None has been timed yet.
+# tests/kernels/test_codegen.py compiles every entry for sm_80, sm_90 and sm_100. None has been timed yet.
 FEW_ROWS: dict[str, Form] = {  # at most a block for every SM; also for unaligned operands and wide layers
     "half": Form(16, 64, 8, 2, True),
     "tf32": Form(16, 32, 8, 2, True),
@@ -58,7 +58,7 @@ BYTES_A_LAUNCH = 2**18
 def select_form(
     M: int, widths: Sequence[int], kind: str, aligned: bool, forward: bool, num_sms: int
 ) -> Form | None:
-    """The form for M rows through layers of these widths, or None if they are too many or too wide.
+    """The form for M rows through layers of these widths, or None if the layers are too many or too wide.
 
     widths: of the first layer's input, then of each layer's output. aligned: all tensors that are read are
     aligned, see is_aligned_tensor.
@@ -169,8 +169,8 @@ def _narrow_forward_kernel(
     M,
     stride_xm,
     stride_xk,
-    # 0, which the compiler must not know: it would compute addresses, which are the same for every block of
-    # rows, before the loop for all layers at once, and unroll short reductions. Both spill registers.
+    # Always 0, but the compiler must not know: it would compute the addresses of all layers once, before the
+    # loop over blocks of rows, and unroll short reductions. Both spill registers.
     zero,
     WIDTHS: tl.constexpr,  # K of the first layer, then each layer's N
     PADDED: tl.constexpr,  # the same, rounded up to a power of two
@@ -261,9 +261,9 @@ def narrow_forward(
     setting: Setting,
     form: Form | None = None,
 ) -> list[torch.Tensor] | None:
-    """What mlp_forward returns, by one launch; None if one launch for each layer is better.
+    """The result of mlp_forward, by one launch; None if one launch for each layer is better.
 
-    form: use one launch of this form in any case; for tests and timings.
+    form: use one launch of this form in any case, for tests and timings.
     """
     M = x.shape[0]
     steps = [0 if bias is None else bias.stride(0) for bias in biases]

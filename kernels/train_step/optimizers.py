@@ -1,8 +1,8 @@
 """The optimizers' updates: the coefficients that the host computes, and the formula that the kernels compute.
 
-The formulas are torch.optim's. The host computes in double what depends only on hyper-parameters and the
-step's number: a row of eight coefficients for each parameter and step. With c1 = 1 - beta1**step and
-c2 = 1 - beta2**step, a row is:
+The formulas are torch.optim's. The host computes, in double, the part of them that depends only on
+hyper-parameters and the step's number: a row of eight coefficients for each parameter and step. With
+c1 = 1 - beta1**step and c2 = 1 - beta2**step, a row is:
 
            0          1             2              3              4          5              6
     sgd    lr         weight_decay  momentum       1 - dampening

@@ -60,7 +60,7 @@ def _steps_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Both phases of every step, and a barrier of all programs after each. The programs must run together."""
+    """Both phases of every step, with a barrier after each phase. All programs must run at the same time."""
     programs = tl.num_programs(0)
     goal = 0
     for step in tl.range(0, steps, disable_licm=True):

@@ -5,7 +5,8 @@
     g[i - 1] = g[i] @ W[i] where h[i] > 0, else 0
 
 Rows are independent of each other, so a program carries BLOCK_M rows through all layers and back. It stores h
-and g, over whose rows the second phase sums, and its sums of the loss and of what the loss is divided by.
+and g, over whose rows the second phase sums, and its parts of two more sums: of the loss, and of the number
+that the loss is divided by.
 """
 
 import triton
@@ -21,7 +22,7 @@ NONE_WRONG: tl.constexpr = tl.constexpr(2**63 - 1)
 
 @triton.jit
 def unknown_zero(n):
-    """0 to add to offsets and bounds, which the compiler takes for a multiple of 16 that changes with n.
+    """0 to add to offsets and bounds; the compiler takes it for a multiple of 16 that changes with n.
 
     As layers have constant sizes, the compiler would otherwise unroll their loops and compute every layer's
     addresses once for all steps, which needs far more registers than there are.

@@ -36,9 +36,9 @@ class WeightsTile(NamedTuple):
     num_stages: int
 
 
-# The first is for few rows, as it has more programs; the last for many rows, as each program reads the
-# weights for more rows. 64 rows would use wgmma on sm_90, which ptxas serialises for some networks. Every
-# entry is compiled for sm_80, sm_90 and sm_100 by tests/kernels/test_codegen.py. None has been timed yet.
+# The first tile is for few rows: smaller tiles make more programs. The last is for many rows: larger tiles
+# read the weights less often. 64 rows would use wgmma on sm_90, which ptxas serialises for some networks.
+# tests/kernels/test_codegen.py compiles every entry for sm_80, sm_90 and sm_100. None has been timed yet.
 ROWS_TILES: dict[str, tuple[RowsTile, ...]] = {
     "half": (RowsTile(16, 64, 8, 3), RowsTile(32, 32, 8, 4)),
     "tf32": (RowsTile(16, 32, 8, 3), RowsTile(32, 32, 8, 3)),
@@ -70,7 +70,7 @@ class Parameters(NamedTuple):
 class Workspace(NamedTuple):
     """Memory for what one phase passes to the other; reused by all steps with the same network and dtype."""
 
-    rows: int  # at most
+    rows: int  # the most of one step
     low_precision: tuple[torch.Tensor | None, ...]  # memory for Parameters.low_precision
     hidden: tuple[torch.Tensor, ...]  # of each layer but the last: its output h
     grads: tuple[torch.Tensor, ...]  # of each layer: the gradient g of its product
@@ -92,7 +92,7 @@ class Job(NamedTuple):
     """What steps read and write: contiguous tensors on one device."""
 
     x: torch.Tensor  # (n, widths[0]): floats, or integers, which are multiplied by scale
-    order: torch.Tensor | None  # in which order to take the rows of x and target; None: as they lie in memory
+    order: torch.Tensor | None  # the order in which to take the rows of x and target; None: as in memory
     target: torch.Tensor  # (n,) class indices of an integer dtype, or (n, widths[-1]) floats for "mse"
     parameters: Parameters  # updated in place; low_precision must be up to date, see refresh_low_precision
     network: Network
