@@ -14,60 +14,50 @@ from torch.optim import adam, adamw, sgd
 # Global names, which each step reads faster than attributes of torch.nn.
 _Linear, _ReLU, _Sequential = torch.nn.Linear, torch.nn.ReLU, torch.nn.Sequential
 _Flatten, _Module, _Tensor = torch.nn.Flatten, torch.nn.Module, torch.Tensor
-LINEAR_FORWARD, SEQUENTIAL_FORWARD = torch.nn.Linear.forward, torch.nn.Sequential.forward
-CALL_IMPL, RELU = torch.nn.Module._call_impl, F.relu
-_RELU_FORWARD, _LINEAR = torch.nn.ReLU.forward, F.linear
-TORCH_RELU = torch.relu  # which F.relu calls
+_NAMES = (
+    "torch.nn.Linear.forward", "torch.nn.Sequential.forward", "torch.nn.ReLU.forward",
+    "torch.nn.Module._call_impl", "torch.nn.functional.linear", "torch.nn.functional.relu", "torch.relu",
+    "torch.nn.Flatten.forward", "torch.nn.functional.cross_entropy", "torch.nn.functional.mse_loss",
+    "torch.Tensor.backward", "torch.autograd.backward",
+    "torch.optim.sgd.sgd", "torch.optim.adam.adam", "torch.optim.adamw.adamw",
+)  # fmt: skip
+
+
+def _functions() -> tuple[Any, ...]:
+    """The functions of these names, as they are now."""
+    return (
+        _Linear.forward, _Sequential.forward, _ReLU.forward, _Module._call_impl, F.linear, F.relu, torch.relu,
+        _Flatten.forward, F.cross_entropy, F.mse_loss, _Tensor.backward, autograd.backward,
+        sgd.sgd, adam.adam, adamw.adamw,
+    )  # fmt: skip
+
+
+_ORIGINALS = _functions()
+LINEAR_FORWARD, SEQUENTIAL_FORWARD, _RELU_FORWARD, CALL_IMPL, _LINEAR, RELU, TORCH_RELU = _ORIGINALS[:7]
 
 
 def why_patched() -> str | None:
-    """Say which of the functions that a fused layer replaces was replaced by other code, or return None.
+    """Name a function that was replaced and that fused layers replace too, or return None.
 
     The comparisons are written out so that torch.compile guards on each and recompiles if one changes.
     """
-    if _Linear.forward is not LINEAR_FORWARD:
-        return "The function torch.nn.Linear.forward was replaced."
-    if _Sequential.forward is not SEQUENTIAL_FORWARD:
-        return "The function torch.nn.Sequential.forward was replaced."
-    if _ReLU.forward is not _RELU_FORWARD:
-        return "The function torch.nn.ReLU.forward was replaced."
-    if _Module._call_impl is not CALL_IMPL:
-        return "The function torch.nn.Module._call_impl was replaced."
-    if F.linear is not _LINEAR:
-        return "The function torch.nn.functional.linear was replaced."
-    if F.relu is not RELU:
-        return "The function torch.nn.functional.relu was replaced."
-    if torch.relu is not TORCH_RELU:
-        return "The function torch.relu was replaced."
-    return None
-
-
-def _of_steps() -> tuple[Any, ...]:
-    return (
-        _Flatten.forward,
-        F.cross_entropy,
-        F.mse_loss,
-        _Tensor.backward,
-        autograd.backward,
-        sgd.sgd,
-        adam.adam,
-        adamw.adamw,
-    )
-
-
-_STEPS = _of_steps()
-_NAMES = (
-    *("torch.nn.Flatten.forward", "torch.nn.functional.cross_entropy", "torch.nn.functional.mse_loss"),
-    *("torch.Tensor.backward", "torch.autograd.backward"),
-    *("torch.optim.sgd.sgd", "torch.optim.adam.adam", "torch.optim.adamw.adamw"),
-)
+    if (
+        _Linear.forward is LINEAR_FORWARD
+        and _Sequential.forward is SEQUENTIAL_FORWARD
+        and _ReLU.forward is _RELU_FORWARD
+        and _Module._call_impl is CALL_IMPL
+        and F.linear is _LINEAR
+        and F.relu is RELU
+        and torch.relu is TORCH_RELU
+    ):
+        return None
+    return why_step_patched()
 
 
 def why_step_patched() -> str | None:
-    """Say the same of the functions that a fused training step replaces."""
-    now = _of_steps()
-    if now != _STEPS:
-        replaced = zip(_NAMES, now, _STEPS, strict=True)
-        name = next(name for name, is_now, was in replaced if is_now is not was)
-        return f"The function {name} was replaced."
-    return why_patched()
+    """The same for the functions that a fused training step replaces, which include those of the layers."""
+    now = _functions()
+    if now == _ORIGINALS:
+        return None
+    replaced = (name for name, is_now, was in zip(_NAMES, now, _ORIGINALS, strict=True) if is_now is not was)
+    return f"The function {next(replaced)} was replaced."
