@@ -224,8 +224,8 @@ def _run(
     return (_functional.linear_relu if relu else _functional.linear)(input, weights[0], biases[0])
 
 
-def _unobserved(module: torch.nn.Module) -> bool:
-    """True if a call of this module runs its class's own forward and nothing else."""
+def _unobserved(module: torch.nn.Module, forwards: dict[Any, Any] = _FORWARDS) -> bool:
+    """True if a call of this module runs its class's own forward, as in ``forwards``, and nothing else."""
     own = module.__dict__
     return not (
         own["_forward_hooks"]
@@ -234,7 +234,7 @@ def _unobserved(module: torch.nn.Module) -> bool:
         or own["_backward_pre_hooks"]
         or module._compiled_call_impl is not None
         or "forward" in own
-        or type(module).forward is not _FORWARDS[type(module)]
+        or type(module).forward is not forwards[type(module)]
     )
 
 

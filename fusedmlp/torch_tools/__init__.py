@@ -1,1 +1,1 @@
-"""Helpers around PyTorch itself: nothing here knows of fused layers."""
+"""Helpers around PyTorch itself; none of them knows the fused layers."""

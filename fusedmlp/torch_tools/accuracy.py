@@ -10,7 +10,7 @@ FLOOR = 2 * torch.finfo(torch.float32).eps
 
 
 class Comparison(NamedTuple):
-    """Maximum and RMS error of our result and of PyTorch's, the largest exact value, and what is wrong."""
+    """Maximum and RMS error of our result and of PyTorch's, the largest exact value, and any problem."""
 
     errors: tuple[float, float]
     torchs_errors: tuple[float, float]
@@ -26,17 +26,16 @@ def compare(
     floor: float = FLOOR,
     known: tuple[float, float] = (0.0, 0.0),
 ) -> Comparison:
-    """Compare our result and PyTorch's, of the same shape, with the exact one, in the maximum and in RMS.
+    """Compare the maximum and RMS errors of our result and of PyTorch's; all tensors have the same shape.
 
     The allowed error is ``factor`` times PyTorch's, plus ``floor`` times the largest value, because PyTorch
-    sometimes has no error at all. Infinities and NaN must be where PyTorch has them. ``known`` is a lower
-    bound of PyTorch's errors that was found on other inputs.
+    sometimes has no error at all. Infinities and NaN must be where PyTorch has them. ``known`` are lower
+    bounds of PyTorch's errors, found on other inputs.
     """
     finite = torchs.isfinite()
-    all_finite = bool(finite.all())
     if not torch.equal(ours.isnan(), torchs.isnan()):
         return Comparison((math.nan,) * 2, (math.nan,) * 2, math.nan, "NaN in other places than PyTorch's")
-    if not all_finite:
+    if not finite.all():
         if not torch.equal(ours[~finite].nan_to_num(), torchs[~finite].nan_to_num()):
             return Comparison((math.nan,) * 2, (math.nan,) * 2, math.nan, "other infinities")
         ours, torchs, exact = ours[finite], torchs[finite], exact[finite]
@@ -49,7 +48,7 @@ def compare(
     problem = None
     for name, error, torchs_error in zip(("maximum", "RMS"), errors, torchs_errors, strict=True):
         most = factor * torchs_error + floor * largest
-        if problem is None and not error <= most:  # also if it is NaN
+        if problem is None and not error <= most:  # true also for NaN
             problem = f"{name} error {error:.3g}, PyTorch's own {torchs_error:.3g}, allowed {most:.3g}"
     return Comparison(errors, torchs_errors, largest, problem)
 
@@ -57,8 +56,8 @@ def compare(
 def nudged(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Move each value by up to one unit in its last place.
 
-    PyTorch's error on such inputs is one that it could as well have on the given ones, where a single result
-    may be almost exact by luck.
+    PyTorch's result for the given inputs may be almost exact by luck. Its errors on nudged inputs show what
+    error is usual.
     """
     wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float64))
     by = 2 * torch.rand(tensor.shape, generator=generator).to(tensor.device) - 1

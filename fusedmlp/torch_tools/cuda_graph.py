@@ -1,8 +1,8 @@
-"""Capture CUDA graphs so that a capture that fails leaves the process as it was.
+"""Capture CUDA graphs such that a failed capture leaves the process as it was.
 
 PyTorch itself does not end a failed capture completely. In torch 2.11 the capture's stream stays current, the
-allocator keeps serving the graph's memory pool, and the default generator still acts as if it were captured,
-so that every later ``randn`` or dropout raises. See ``aten/src/ATen/cuda/CUDAGraph.cpp`` and
+allocator keeps allocating from the graph's memory pool, and the default generator still acts as if it were
+captured, so that every later ``randn`` or dropout raises. See ``aten/src/ATen/cuda/CUDAGraph.cpp`` and
 ``CUDAGeneratorImpl.cpp``.
 """
 
@@ -20,8 +20,8 @@ Result = TypeVar("Result")
 
 _one_at_a_time = threading.Lock()  # PyTorch captures one graph at a time in a process
 
-# PyTorch's allocator of pinned memory keeps a pointer to a graph whose capture failed, so these must stay
-# alive. They are empty, and few: no caller tries again after a failure.
+# PyTorch's allocator of pinned memory keeps a pointer to a graph whose capture failed, so failed graphs must
+# stay alive. They are empty, and few, as no caller tries again after a failure.
 _failed_graphs: list[torch.cuda.CUDAGraph] = []
 
 
@@ -30,7 +30,7 @@ class CaptureFailed(RuntimeError):
 
 
 def why_not_capture() -> str | None:
-    """The reason why this process must not capture graphs, or None."""
+    """Why this process must not capture graphs, or None."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         count = torch.distributed.get_world_size()
         if count > 1:
@@ -46,9 +46,9 @@ def capture(
     Each replay computes that result again. The capture has its own memory pool and, if none is given, its own
     stream. Other threads may use the GPU meanwhile; their captures wait. ``run`` is called once.
 
-    Raises CaptureFailed if ``run`` or PyTorch raises, after the current stream and device, the allocator and
-    the default generator are as they were. No memory of the graph or of the failed frames is kept, so the
-    caller can compute the same without a graph. KeyboardInterrupt is not replaced.
+    Raises CaptureFailed if ``run`` or PyTorch raises. By then the current stream and device, the allocator
+    and the default generator are as before, and no memory of the graph or of the failed frames is kept, so
+    the caller can compute the same without a graph. A KeyboardInterrupt is raised as it is.
 
     >>> graph, y = capture(lambda: model(x), x.device)
     >>> graph.replay()
@@ -63,8 +63,8 @@ def capture(
 def _capture(
     run: Callable[[], Result], stream: "torch.cuda.Stream"
 ) -> tuple[torch.cuda.CUDAGraph, Result] | str:
-    """Capture on the current device; return the reason if that fails, as an error would hold tensors."""
-    cause: list[str] = []  # an error of run, which makes PyTorch raise another one
+    """Capture on the current device. If that fails, return the reason: an error would hold tensors."""
+    cause: list[str] = []  # what run raised: PyTorch then raises an error of its own
 
     def run_and_note() -> Result:
         try:
@@ -92,16 +92,16 @@ def _capture(
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """Clear the frames of this error: they hold tensors in the graph's memory, and someone may keep it."""
+    """Clear the frames of an error that the model may keep: they hold tensors in the graph's memory."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
 
 
 def _put_back(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: "torch.cuda.Stream") -> None:
-    """End what a failed capture on the current device did not end itself."""
+    """Undo what a failed capture on the current device has left behind."""
     device = torch.cuda.current_device()
-    # These raise if the capture itself got that far; then graph.reset() releases the pool.
+    # These calls raise if PyTorch made them already; then graph.reset() releases the pool.
     with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
@@ -110,8 +110,8 @@ def _put_back(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: "torch
     generator = torch.cuda.default_generators[device]
     if _draws(generator):
         return
-    # The generator still acts as if it were captured. A capture that succeeds ends that and keeps the state
-    # object, which other graphs share.
+    # The generator still acts as if it were captured. A capture that succeeds ends that, and it keeps the
+    # generator's state object, which other graphs share.
     scratch = torch.zeros(1, device=generator.device)
     stream.wait_stream(torch.cuda.current_stream())
     small = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local")
@@ -122,7 +122,7 @@ def _put_back(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: "torch
 
 
 def _draws(generator: torch.Generator) -> bool:
-    """Whether random numbers can be drawn; the state is put back afterwards."""
+    """True if random numbers can be drawn; the generator's state does not change."""
     state = generator.get_state()
     try:
         torch.empty(1, device=generator.device).uniform_(generator=generator)
@@ -135,9 +135,9 @@ def _draws(generator: torch.Generator) -> bool:
 
 @contextlib.contextmanager
 def beside(stream: "torch.cuda.Stream", *tensors: torch.Tensor) -> Iterator[None]:
-    """Inside, launch on ``stream``, in order with earlier and later launches on the current stream.
+    """Inside, launches go to ``stream``, in order with earlier and later launches on the current stream.
 
-    ``tensors`` are those of the current stream that are used inside.
+    tensors: those that were made on the current stream and are used inside.
     """
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)

@@ -1,4 +1,4 @@
-"""Run a model that somebody else wrote and leave no trace: on a copy, or by undoing what the run changed."""
+"""Run a user's model without leaving a trace: on a copy, or by undoing what the run changed."""
 
 import collections
 import contextlib
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 def copy_with(
     module: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[torch.nn.Module, dict[int, Any]]:
-    """Deep-copy a module with ``change(tensor.data)`` in place of each tensor; a change may share memory.
+    """Deep-copy a module with ``change(tensor.data)`` in place of each tensor; its result may share memory.
 
     The second result maps the ``id`` of each original to its copy, as the memo of ``copy.deepcopy`` does.
     """
@@ -23,7 +23,7 @@ def copy_with(
     tensors: list[Any] = [*module.parameters(), *module.buffers()]
     for one in module.modules():
         if isinstance(one, torch.jit.ScriptModule):
-            memo[id(one)] = one  # not copied: a copy of it would have its own tensors
+            memo[id(one)] = one  # stays uncopied, because its copy would not use the changed tensors
         else:
             tensors += tree_leaves(list(one.__dict__.values()))
     for tensor in tensors:
@@ -56,12 +56,12 @@ def random_state_kept(cuda_devices: Sequence[int]) -> Iterator[None]:
 def left_as_it_was(model: torch.nn.Module, inputs: Any) -> Iterator[None]:
     """Undo what a forward changes in the model, and in the global random states.
 
-    Put back are the attributes of each module, the content of those that are containers (one level deep), the
-    buffers and the gradients. A lazy module that became an ordinary one keeps its attributes.
+    It restores the attributes of each module, the content of attributes that are containers (one level deep),
+    the buffers and the gradients. A lazy module that became an ordinary one keeps its new attributes.
     """
     # Parameters, buffers and hooks are in dicts among the attributes.
     before = [
-        (module, type(module), [(c, *_content_of(c)) for c in (vars(module), *vars(module).values())])
+        (module, type(module), [(c, _content_of(c)) for c in (vars(module), *vars(module).values())])
         for module in model.modules()
     ]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if not torch.nn.parameter.is_lazy(b)]
@@ -77,13 +77,13 @@ def left_as_it_was(model: torch.nn.Module, inputs: Any) -> Iterator[None]:
     finally:
         for module, kind, containers in before:
             if type(module) is kind:
-                for container, *content in containers:
-                    _put_back(container, *content)
+                for container, content in containers:
+                    _put_back(container, content)
         for buffer, values in buffers:
             if buffer.shape != values.shape:
                 buffer.data = values
             elif not buffer.is_meta and not torch.equal(buffer, values):
-                # Through .data, which leaves the version: an earlier forward may have saved this buffer.
+                # .data keeps the version as it is, because an earlier forward may have saved this buffer.
                 buffer.data.copy_(values)
         for parameter, gradient in gradients:
             parameter.grad = gradient
@@ -92,23 +92,23 @@ def left_as_it_was(model: torch.nn.Module, inputs: Any) -> Iterator[None]:
 _CONTAINERS: tuple[Any, ...] = (collections.OrderedDict, dict, list, set, collections.deque)
 
 
-def _content_of(value: Any) -> tuple[Any, list[Any], list[Any]]:
-    """The builtin class of a container, its members or keys, and a dict's values; None if it is not one."""
+def _content_of(value: Any) -> tuple[Any, list[Any]]:
+    """A container's builtin class and members, a dict's keys before its values; for any other value None."""
     for kind in _CONTAINERS:
         if isinstance(value, kind):
-            values = list(kind.values(value)) if issubclass(kind, dict) else []
-            return kind, list(kind.__iter__(value)), values
-    return None, [], []
+            return kind, [*kind.__iter__(value), *(kind.values(value) if issubclass(kind, dict) else ())]
+    return None, []
 
 
-def _put_back(container: Any, kind: Any, members: list[Any], values: list[Any]) -> None:
-    """Give a container its former content if that changed; a subclass's own methods are not called."""
-    _, *now = _content_of(container)
-    if kind is None or [list(map(id, part)) for part in now] == [list(map(id, p)) for p in (members, values)]:
+def _put_back(container: Any, content: tuple[Any, list[Any]]) -> None:
+    """Give a container its former content if that changed. Methods of a subclass are not called."""
+    kind, members = content
+    if list(map(id, members)) == list(map(id, _content_of(container)[1])):
         return
     kind.clear(container)
     if issubclass(kind, dict):
-        for key, value in zip(members, values, strict=True):
+        half = len(members) // 2
+        for key, value in zip(members[:half], members[half:], strict=True):
             kind.__setitem__(container, key, value)
     else:
         (kind.update if kind is set else kind.extend)(container, members)

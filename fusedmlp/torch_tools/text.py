@@ -1,4 +1,4 @@
-"""Text of the reports for a terminal: counts, paragraphs, and layer names that differ only in numbers."""
+"""Format text of the reports: counts, paragraphs, and layer names that differ only in numbers."""
 
 import re
 import textwrap
@@ -13,13 +13,13 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
 
 
 def paragraph(text: str, start: str = "") -> str:
-    """Wrap text at WIDTH columns: start comes before the first line, as many spaces before the others."""
+    """Wrap text at WIDTH columns. The first line begins with start, the others are indented by its width."""
     indent = " " * len(start)
     return textwrap.fill(text, WIDTH, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def shortened(name: str, width: int) -> str:
-    """Keep the end of a name that is wider than width, after three dots."""
+    """Cut a name to at most ``width`` columns: three dots and its end."""
     return name if len(name) <= width else "..." + name[3 - width :]
 
 
@@ -29,6 +29,6 @@ def pattern(name: str) -> str:
 
 
 def common_name(names: Sequence[str]) -> str:
-    """One name for names of one pattern, with ``*`` for the numbers that differ: ``layers.*.linear1``."""
+    """One name for names of one pattern, with ``*`` for each number that differs: ``layers.*.linear1``."""
     split = [re.split(r"(\d+)", name) for name in names]
     return "".join(part[0] if len(set(part)) == 1 else "*" for part in zip(*split, strict=True))

@@ -1,4 +1,4 @@
-"""Warnings that point at the user's own line, and one-line forms of errors."""
+"""Warnings that point at the user's own line, and the text of an error in one line."""
 
 import sys
 import warnings

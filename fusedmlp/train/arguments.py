@@ -9,7 +9,7 @@ import torch
 
 
 def check_step(model: Any, loss_fn: Any, optimizer: Any) -> None:
-    """TypeError or ValueError unless these are a model, a loss and an optimizer that trains one of them."""
+    """Raise TypeError or ValueError unless the optimizer trains parameters of this model or this loss."""
     for name, given, example in (
         ("model", model, "Net()"),
         ("loss_fn", loss_fn, "CrossEntropyLoss()"),
@@ -41,7 +41,7 @@ NOTHING_TRAINED = (
 
 
 def has_some_of(optimizer: Any, model: torch.nn.Module, loss_fn: Any) -> bool:
-    """Whether a parameter of the model, or of a loss that is a module, is in the optimizer."""
+    """True if the optimizer has a parameter of the model, or of a loss that is a module."""
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return any(id(parameter) in known for parameter in _parameters(model, loss_fn))
 
@@ -53,7 +53,7 @@ def _parameters(model: torch.nn.Module, loss_fn: Any) -> Iterator[torch.nn.Param
 
 
 def needs_closure(optimizer: Any) -> bool:
-    """Whether the optimizer's step requires a closure that computes the loss anew, as LBFGS's does."""
+    """True if the optimizer's step requires a closure that computes the loss, as that of LBFGS does."""
     try:
         parameter = inspect.signature(type(optimizer).step).parameters.get("closure")
     except (TypeError, ValueError):  # a step in C may have no signature
@@ -62,7 +62,7 @@ def needs_closure(optimizer: Any) -> bool:
 
 
 def count(name: str, given: Any) -> int:
-    """``given`` as an int of 1 or more; TypeError for 32.0, as for the size of a tensor."""
+    """Return ``given`` as an int of 1 or more. Raise TypeError for 32.0, as torch.empty(32.0) does."""
     try:
         number = operator.index(given)
     except TypeError:
@@ -73,12 +73,12 @@ def count(name: str, given: Any) -> int:
 
 
 def check_epoch(images: Any, labels: Any, batch_size: int, drop_last: bool) -> None:
-    """TypeError or ValueError unless images and labels are tensors with as many rows, and a batch in them."""
+    """Raise TypeError or ValueError unless these are tensors with equally many rows, enough for a batch."""
     if isinstance(images, torch.utils.data.DataLoader):
         raise TypeError("epoch takes tensors; with a DataLoader, loop: for x, y in loader: step(x, y)")
     for name, given in (("images", images), ("labels", labels)):
         if not isinstance(given, torch.Tensor):
-            hint = "; torch.from_numpy makes one of it" if hasattr(given, "__array_interface__") else ""
+            hint = "; torch.from_numpy converts it" if hasattr(given, "__array_interface__") else ""
             raise TypeError(f"{name} must be a torch.Tensor, got {_kind(given)}{hint}")
         if given.dim() == 0:
             raise ValueError(f"{name} has no rows: it is a single number")

@@ -11,12 +11,12 @@ In order, for layers ``z = x @ W.T + b`` with a ReLU between them:
                (https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html, Adam.html, AdamW.html)
 
     SGD    g += weight_decay * p;  m = momentum * m + (1 - dampening) * g
-           p -= lr * m, of Nesterov p -= lr * (g + momentum * m)
-    Adam   g += weight_decay * p, of AdamW p -= lr * weight_decay * p
+           p -= lr * m, or with Nesterov momentum p -= lr * (g + momentum * m)
+    Adam   g += weight_decay * p, or for AdamW p -= lr * weight_decay * p
            m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g * g;  t += 1
            p -= lr * (m / (1 - beta1**t)) / (sqrt(v / (1 - beta2**t)) + eps)
 
-The operators are those that autograd runs, so NaN and infinities go where they go in PyTorch's loop.
+The operators are those that autograd runs, so NaN and infinities spread as in PyTorch's loop.
 """
 
 from typing import Any
@@ -34,16 +34,16 @@ _nll_loss, _nll_loss_backward = _aten.nll_loss_forward.default, _aten.nll_loss_b
 _log_softmax_backward = _aten._log_softmax_backward_data.default
 _mse_loss, _mse_loss_backward = _aten.mse_loss.default, _aten.mse_loss_backward.default
 _MEAN, _IGNORE_INDEX = 1, -100  # the losses' reduction, and cross_entropy's default
-_LEAST_ROWS_IN_BFLOAT16 = 32  # on Zen 5 as fast as float32; 64 are faster, and one takes twice the time
+_LEAST_ROWS_IN_BFLOAT16 = 32  # on Zen 5 as fast as in float32; 64 rows are faster, one takes twice as long
 
-# Of one layer: weight, bias, the weight in the dtype of the products, and the optimizer's group and state of
-# the weight and of the bias.
+# A layer: weight, bias, the weight in the dtype of the products, and the optimizer's group and state for the
+# weight and for the bias.
 _Options = tuple[dict[str, Any], dict[str, Any]]
 _Layer = tuple[Tensor, Tensor | None, Tensor, _Options, _Options | None]
 
 
 def why_not(recipe: Recipe, x: Tensor, y: Tensor, accumulating: bool) -> str | None:
-    """None if :func:`run` is right for this batch, else the reason.
+    """Why :func:`run` would not do for this batch what PyTorch's loop does, or None if it would.
 
     accumulating: gradients of earlier calls wait in ``.grad``.
     """
@@ -59,8 +59,8 @@ def why_not(recipe: Recipe, x: Tensor, y: Tensor, accumulating: bool) -> str | N
         return "Either x or y was made in inference mode."
     if (reason := why_batch_unknown(recipe, x, y)) is not None:
         return reason
-    # SGD updates each layer as soon as it can, before the first layer has read x for the last time. All other
-    # updates come after the last reading of x, and y is read before any update.
+    # SGD updates the last layers before the first layer reads x for its weight's gradient. All other updates
+    # come after x is last read, and y is read before any update.
     if recipe.update == "sgd" and recipe.memory.touch(x):
         return SHARES_MEMORY
     if accumulating:
@@ -74,7 +74,7 @@ def why_not(recipe: Recipe, x: Tensor, y: Tensor, accumulating: bool) -> str | N
 
 
 def by_onednn(x: Tensor, compute_dtype: torch.dtype | None) -> bool:
-    """Whether oneDNN computes the large products."""
+    """True if oneDNN computes the large products."""
     return (
         x.dtype is torch.float32
         and compute_dtype is None
@@ -94,16 +94,15 @@ def run(
 ) -> Tensor:
     """Do the step on this batch, and return the mean loss before the update.
 
-    done: calls since the last update, of the ``accumulate`` calls that make one; between them the gradients
-    wait in ``.grad``. After the update every ``.grad`` is None.
+    accumulate: calls for each update; in between, the gradients wait in ``.grad``, and after the update every
+    ``.grad`` is None. done: calls since the last update.
     """
     parameters = recipe.parameters
     with torch.no_grad():
         if done == 0:
             for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad = None
-        # SGD uses each gradient as soon as it is there, which takes less memory and finds it in the cache.
+                parameter.grad = None
+        # SGD uses each gradient as soon as it is computed, which saves memory and finds it in the cache.
         at_once = recipe.update == "sgd" and accumulate == 1 and clip_grad_norm is None
         use_onednn = by_onednn(x, compute_dtype)
         x = x.flatten(1) if recipe.flatten else x
@@ -116,10 +115,7 @@ def run(
             return loss
         if accumulate > 1 or clip_grad_norm is not None:
             for parameter, grad in zip(parameters, grads, strict=True):
-                if parameter.grad is None:
-                    parameter.grad = grad
-                else:
-                    parameter.grad.add_(grad)
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             if done + 1 < accumulate:
                 return loss
             if clip_grad_norm is not None:
@@ -132,7 +128,7 @@ def run(
 
 
 def _layers_of(recipe: Recipe, compute_dtype: torch.dtype | None) -> list[_Layer]:
-    options = zip(recipe.groups, recipe.states, strict=True)  # of each parameter: weight, bias, weight, ...
+    options = zip(recipe.groups, recipe.states, strict=True)  # for each parameter: weight, bias, weight, ...
     layers: list[_Layer] = []
     for weight, bias in zip(recipe.weights, recipe.biases, strict=True):
         multiplied = weight if compute_dtype is None else weight.to(compute_dtype)
@@ -151,7 +147,7 @@ def _forward(layers: list[_Layer], x: Tensor, use_onednn: bool) -> list[Tensor]:
 
 
 def _loss(recipe: Recipe, output: Tensor, y: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """The loss, and its gradient with respect to the output, times scale."""
+    """The loss, and ``scale`` times its gradient with respect to the output."""
     if output.dtype is not recipe.weights[0].dtype:
         output = output.to(recipe.weights[0].dtype)
     scaled = output.new_full((), scale)
@@ -164,10 +160,10 @@ def _loss(recipe: Recipe, output: Tensor, y: Tensor, scale: float) -> tuple[Tens
 
 
 def _backward(layers: list[_Layer], tensors: list[Tensor], at_once: bool, use_onednn: bool) -> list[Tensor]:
-    """The gradients of the parameters; or with ``at_once`` none, after SGD's update of each parameter.
+    """Return the parameters' gradients; with ``at_once``, update each parameter by SGD and return none.
 
-    tensors: the inputs of all layers, and the gradient of the last one's output. They and the layers are
-    popped on the way, so that a step takes no more memory than autograd's.
+    tensors: the inputs of all layers, and the gradient of the last layer's output. Both lists are emptied on
+    the way, so that a step takes no more memory than autograd's.
     """
     grads: list[Tensor] = []
     while layers:
@@ -187,7 +183,10 @@ def _backward(layers: list[_Layer], tensors: list[Tensor], at_once: bool, use_on
             if grad_weight.dtype is not weight.dtype:
                 grad_weight = grad_weight.to(weight.dtype)
         if layers:  # before the weight changes
-            tensors.append(_grad_input(grad_output, multiplied, use_onednn))
+            if use_onednn and onednn.pays(len(x) * weight.numel(), weight.shape[0]):
+                tensors.append(onednn.product(grad_output, multiplied.t()))
+            else:
+                tensors.append(grad_output.mm(multiplied))
             _threshold_backward(tensors[-1], x, 0, grad_input=tensors[-1])
         if factors is not None:
             weight.addmm_(grad_output.t(), x, beta=factors[0], alpha=factors[1])
@@ -201,10 +200,10 @@ def _backward(layers: list[_Layer], tensors: list[Tensor], at_once: bool, use_on
 def _factors_of_addmm(
     weight: Tensor, x: Tensor, group: dict[str, Any], use_onednn: bool
 ) -> tuple[float, float] | None:
-    """beta and alpha with which ``addmm_`` computes the weight's gradient and does SGD's update in one pass.
+    """``(beta, alpha)`` with which ``addmm_`` does SGD's update, computing the weight's gradient on the way.
 
-    None if it cannot: with momentum the gradient goes elsewhere, oneDNN has no such form, and where a factor
-    is 0 BLAS ignores the NaNs in what it multiplies.
+    None if it cannot: momentum needs the gradient itself, oneDNN has no such call, and if a factor is 0 BLAS
+    ignores NaN in what the factor multiplies.
     """
     if (
         group["momentum"] != 0
@@ -218,7 +217,7 @@ def _factors_of_addmm(
 
 
 def _descend(parameter: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
-    """SGD's update. It writes to the gradient."""
+    """Update a parameter by SGD. The gradient is overwritten."""
     lr, momentum, decay = float(group["lr"]), float(group["momentum"]), float(group["weight_decay"])
     if decay != 0:
         grad.add_(parameter, alpha=decay)
@@ -229,28 +228,24 @@ def _descend(parameter: Tensor, grad: Tensor, group: dict[str, Any], state: dict
 
 
 def _update(recipe: Recipe, grads: list[Tensor]) -> None:
-    """The optimizer's step; Adam's by PyTorch's fused operator, for one group of parameters at a time."""
+    """Do the optimizer's step. Adam's is PyTorch's fused operator, called for each group of parameters."""
     if recipe.update == "sgd":
         for each in zip(recipe.parameters, grads, recipe.groups, recipe.states, strict=True):
             _descend(*each)
         return
-    members: dict[int, list[int]] = {}
-    for i, group in enumerate(recipe.groups):
-        members.setdefault(id(group), []).append(i)
-    for indices in members.values():
-        group = recipe.groups[indices[0]]
+    torch._foreach_add_(recipe.counts, 1)
+    fused = torch._fused_adamw_ if recipe.update == "adamw" else torch._fused_adam_
+    for group in {id(group): group for group in recipe.groups}.values():
+        indices = [i for i, other in enumerate(recipe.groups) if other is group]
         states = [recipe.states[i] for i in indices]
         beta1, beta2 = group["betas"]
-        counts = [recipe.counts[i] for i in indices]
-        torch._foreach_add_(counts, 1)
-        fused = torch._fused_adamw_ if recipe.update == "adamw" else torch._fused_adam_
-        fused(  # as torch.optim.Adam calls it, on tensors that are known to be of one dtype on the CPU
+        fused(  # as torch.optim.Adam calls it for tensors of one dtype on the CPU
             [recipe.parameters[i] for i in indices],
             [grads[i] for i in indices],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            counts,
+            [recipe.counts[i] for i in indices],
             amsgrad=False,
             beta1=float(beta1),
             beta2=float(beta2),
@@ -259,21 +254,15 @@ def _update(recipe: Recipe, grads: list[Tensor]) -> None:
             eps=float(group["eps"]),
             maximize=False,
         )
-    torch.autograd.graph.increment_version(recipe.written)  # which fused operators leave out
+    torch.autograd.graph.increment_version(recipe.written)  # the fused operators do not do this
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, use_onednn: bool) -> Tensor:
-    if bias is not None and bias.dtype is not x.dtype:  # to() takes time where it does nothing
+    if bias is not None and bias.dtype is not x.dtype:  # to() takes time even if it does nothing
         bias = bias.to(x.dtype)
     if use_onednn and onednn.pays(x.shape[0] * weight.numel(), weight.shape[1]):
         return onednn.product(x, weight, bias)
     return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-
-
-def _grad_input(grad_output: Tensor, weight: Tensor, use_onednn: bool) -> Tensor:
-    if use_onednn and onednn.pays(grad_output.shape[0] * weight.numel(), weight.shape[0]):
-        return onednn.product(grad_output, weight.t())
-    return grad_output.mm(weight)
 
 
 def _grad_weight(grad_output: Tensor, x: Tensor, use_onednn: bool) -> Tensor:
@@ -288,16 +277,16 @@ def _grad_weight(grad_output: Tensor, x: Tensor, use_onednn: bool) -> Tensor:
 
 
 def _pieces(numel: int, rows: int) -> int:
-    """In how many pieces of rows oneDNN computes a weight gradient of so many elements; 0 if it does not pay.
+    """In how many pieces oneDNN computes a weight gradient of ``numel`` elements; 0 if MKL computes it.
 
-    In pieces its sums are as accurate as MKL's.
+    Each piece sums over a part of the rows, so that the sums are as accurate as MKL's.
     """
     pieces = -(-rows // onednn.MOST_TERMS)
     return pieces if onednn.pays(rows // pieces * numel, -(-rows // pieces)) else 0
 
 
 def why_too_few_for_bfloat16(x: Tensor) -> str | None:
-    """Why a step with this batch is computed in float32 although bfloat16 was asked for, or None."""
+    """Why a batch this small is computed in float32 although bfloat16 was asked for, or None."""
     if len(x) >= _LEAST_ROWS_IN_BFLOAT16:
         return None
     return f"Below {_LEAST_ROWS_IN_BFLOAT16} rows casting the weights takes longer than bfloat16 saves."

@@ -2,14 +2,14 @@
 
 There is one graph for each shape of a batch, captured after a few steps without one:
 
-    steps 1, 2   as in PyTorch's loop, but on a side stream
-    step 3       rehearses the capture: the same work in the graph's own memory, so that libraries have
-                 chosen, compiled and allocated what they do at their first call
+    steps 1, 2   run as in PyTorch's loop, but on a side stream
+    step 3       rehearses the capture: it does the same work in the graph's memory, so that libraries choose,
+                 compile and allocate now what they need at a first call
     step 4       captures the step, which runs no kernel, and replays the graph
-    from 5 on    copies the batch and changed learning rates into the graph's memory and replays it
+    from 5 on    copies the batch and changed learning rates into the graph's memory and replays the graph
 
-These steps train, so no state has to be saved and restored. The optimizer's step is captured if it was made
-with ``fused=True`` or ``capturable=True``; else it runs after each replay.
+All these steps train, so no state has to be saved and restored. The optimizer's step is captured if the
+optimizer was made with ``fused=True`` or ``capturable=True``; else it runs after each replay.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from fusedmlp.torch_tools.patched import why_step_patched
 from fusedmlp.torch_tools.warn import warn
 from fusedmlp.train.recipe import NODE_IS_HELD, has_node, why_update_unknown
 
-_WARM_UP = 3  # steps of a shape before it is captured, of which the last is the rehearsal
+_WARM_UP = 3  # steps of a shape before its graph is captured; the last one is the rehearsal
 _MOST = 16  # graphs, each with memory of its own
 
 ForwardBackward = Callable[[Tensor, Tensor], Tensor]  # computes a batch's loss and .grad
@@ -35,7 +35,7 @@ Update = Callable[[], None]  # clips the gradients in .grad and steps the optimi
 
 
 def why_not(model: torch.nn.Module, loss_fn: Any, optimizer: Optimizer, x: Tensor, y: Tensor) -> str | None:
-    """None if a replay of a step with this batch does all that the step does, else the reason."""
+    """Why a replay would leave out something that a step with this batch does, or None if it would not."""
     if type(x) is not Tensor or type(y) is not Tensor or y.device != x.device:
         return "The batch x, y is not plain tensors on one device."
     if x.requires_grad or y.requires_grad:
@@ -49,9 +49,7 @@ def why_not(model: torch.nn.Module, loss_fn: Any, optimizer: Optimizer, x: Tenso
     for module in _modules(model, loss_fn):
         for kind in type(module).__mro__:
             if kind.__name__ in _PARALLEL and kind.__module__.startswith("torch."):
-                return (
-                    f"The model is parallel by {kind.__name__}; a replay would not repeat its communication."
-                )
+                return f"The model is parallel by {kind.__name__}, and a replay would not communicate."
         if any(vars(module)[name] for name in _HOOKS):
             return f"A {type(module).__name__} has a hook."
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -68,19 +66,19 @@ def why_not(model: torch.nn.Module, loss_fn: Any, optimizer: Optimizer, x: Tenso
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# By name: to import some of them takes a second.
+# Names, because importing some of these classes takes a second.
 _PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
 def takes_update(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's step can be captured, with its learning rates as tensors."""
+    """True if the optimizer's step can be captured, with its learning rates as tensors."""
     return why_update_unknown(optimizer) is None and all(
         group.get("fused") or group.get("capturable") for group in optimizer.param_groups
     )
 
 
 def written_by(optimizer: Optimizer) -> list[Tensor]:
-    """What the optimizer's step writes to: parameters with a gradient, and their state."""
+    """The tensors that the optimizer's step writes to: parameters with a gradient, and their state."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     tensors = (t for p in parameters for t in (p, *optimizer.state.get(p, {}).values()))
     return [t for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
@@ -89,9 +87,9 @@ def written_by(optimizer: Optimizer) -> list[Tensor]:
 def fingerprint(
     model: torch.nn.Module, loss_fn: Any, optimizer: Optimizer, with_update: bool
 ) -> tuple[Any, ...]:
-    """All that is baked into a graph: with another fingerprint, the graph is wrong.
+    """All that a capture bakes into a graph. Once the fingerprint changes, the graph is wrong.
 
-    Learning rates that are numbers are not in it; :func:`renew` writes those into the graph's memory.
+    It leaves out learning rates that are numbers; :func:`renew` writes those into the graph's memory.
     """
     parts: list[Any] = [_settings(), loss_fn if not isinstance(loss_fn, torch.nn.Module) else None]
     for module in _modules(model, loss_fn):
@@ -112,13 +110,13 @@ def fingerprint(
 
 
 class Graph:
-    """A step to be captured: rehearsed once, then captured, then replayed for batches of the same shapes."""
+    """A step that is rehearsed once, then captured, then replayed for batches of the same shapes."""
 
     def __init__(self, steps: "Graphs", x: Tensor, y: Tensor) -> None:
         self.model, self.loss_fn, self.optimizer = steps.model, steps.loss_fn, steps.optimizer
         self.with_update = takes_update(self.optimizer)
         self.fingerprint = fingerprint(self.model, self.loss_fn, self.optimizer, self.with_update)
-        # Objects that the fingerprint names by their id must stay alive.
+        # The fingerprint has ids of these objects, so they must stay alive.
         self.kept = [vars(module).copy() for module in _modules(self.model, self.loss_fn)]
         self.x, self.y = torch.empty_like(x), torch.empty_like(y)
         self.values = _numeric_rates(self.optimizer) if self.with_update else []
@@ -126,7 +124,7 @@ class Graph:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def rehearse(self, x: Tensor, y: Tensor, forward_backward: ForwardBackward, update: Update) -> Tensor:
-        """Do a step on this batch, by the work that is captured next, and return the loss."""
+        """Train on this batch by the same calls that the next step captures, and return the loss."""
         self.x.copy_(x)
         self.y.copy_(y)
         self.optimizer.zero_grad()
@@ -136,7 +134,7 @@ class Graph:
         return loss
 
     def capture(self, stream: "torch.cuda.Stream", forward_backward: ForwardBackward, update: Update) -> None:
-        """Raises CaptureFailed with the reason; then no parameter has a gradient, all else is as it was."""
+        """Capture the step. After CaptureFailed no parameter has a gradient; all else is as it was."""
         self.optimizer.zero_grad(set_to_none=True)  # so that gradients are allocated in the graph's memory
         known = [(tensor, tensor._version) for tensor in self._tensors()]
         try:
@@ -144,24 +142,24 @@ class Graph:
                 lambda: self._step(forward_backward, update, capturable=True), self.x.device, stream
             )
         except BaseException:
-            self.optimizer.zero_grad(set_to_none=True)  # the memory of those that backward has made is gone
+            self.optimizer.zero_grad(set_to_none=True)  # gradients that backward made have lost their memory
             raise
         self.grads = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
-        # What a replay writes to. A fused optimizer does not count its writes, in a capture either.
+        # The tensors that a replay writes to. A fused optimizer raises no versions; its tensors are added.
         self.written = [tensor for tensor, version in known if tensor._version != version]
         self.written += [grad for _, grad in self.grads if not grad.is_inference()]
         if self.with_update:
             self.written += written_by(self.optimizer)
 
     def _tensors(self) -> Iterator[Tensor]:
-        """The tensors of model and loss that have a version."""
+        """The model's and the loss's tensors that have a version."""
         for module in _modules(self.model, self.loss_fn):
             for it in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
                 if isinstance(it, Tensor) and not it.is_inference():
                     yield it
 
     def _step(self, forward_backward: ForwardBackward, update: Update, capturable: bool) -> Tensor:
-        """The work to be captured, on the batch in the graph's memory."""
+        """The work that a capture records, on the batch in the graph's memory."""
         loss = forward_backward(self.x, self.y)
         if self.with_update:
             with _by_tensors(self.optimizer.param_groups, self.rates, capturable):
@@ -184,16 +182,16 @@ class Graph:
             parameter.grad = grad
         if not self.with_update:
             update()
-        elif "step" in vars(self.optimizer):  # a scheduler asks whether the optimizer has stepped
+        elif "step" in vars(self.optimizer):  # a learning rate scheduler checks this flag
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
         return self.loss.clone()
 
 
 @contextlib.contextmanager
 def _by_tensors(groups: list[dict[str, Any]], rates: list[Tensor], capturable: bool) -> Iterator[None]:
-    """Inside, numeric learning rates are these tensors, and if asked, Adam says that it may be captured.
+    """Inside, numeric learning rates are these tensors and, if asked, Adam is marked as capturable.
 
-    Its fused form may be, but only ``capturable=True`` is believed.
+    Adam's fused form may be captured as well, but PyTorch checks only ``capturable``.
     """
     before = [dict(group) for group in groups]
     tensors = iter(rates)
@@ -210,14 +208,14 @@ def _by_tensors(groups: list[dict[str, Any]], rates: list[Tensor], capturable: b
 
 
 def _numeric_rates(optimizer: Optimizer) -> list[float]:
-    """The groups' learning rates, without those that are tensors."""
+    """The learning rates of all groups, without those that are tensors."""
     return [group["lr"] for group in optimizer.param_groups if not isinstance(group["lr"], Tensor)]
 
 
 def renew(rates: list[Tensor], values: list[float], optimizer: Optimizer) -> None:
     """Write numeric learning rates that have changed into ``rates``, the tensors that a graph reads.
 
-    values: what was written last; updated here.
+    values: the learning rates written last, which this updates.
     """
     for i, number in enumerate(_numeric_rates(optimizer) if rates else []):
         if number != values[i]:
@@ -238,7 +236,7 @@ class Graphs:
     def __call__(self, x: Tensor, y: Tensor, forward_backward: ForwardBackward, update: Update) -> Tensor:
         """Do a step on this batch and return its loss.
 
-        The two callables are methods of the owner, given at each call: kept here, they would be a cycle.
+        The two callables are methods of the caller. Keeping them here would make a reference cycle.
         """
         key = x.shape, x.dtype, x.device, y.shape, y.dtype
         graph = self.graphs.get(key)
@@ -253,9 +251,7 @@ class Graphs:
             loss = self._on_side_stream(graph.rehearse, x, y, forward_backward, update)
             self.graphs[key] = graph
             if not graph.is_current():
-                self._give_up(
-                    "Forward or backward changes attributes of the model, which a replay would not do."
-                )
+                self._give_up("Forward or backward changes attributes of the model, unlike a replay.")
             return loss
         if graph.graph is None:
             try:
@@ -263,14 +259,13 @@ class Graphs:
             except cuda_graph.CaptureFailed as failure:
                 self._give_up(f"Capturing it raised {failure}.")
         if self.failure is not None:
-            # Outside of the except block, and without the graph, so that its memory is free.
-            del graph
+            del graph  # here, outside of the except block, this frees its memory
             return self._on_side_stream(self._without_graph, x, y, forward_backward, update)
         with torch.cuda.device(x.device):
             return graph(x, y, update)
 
     def _give_up(self, reason: str) -> None:
-        """From now on the step runs without a graph."""
+        """Run the step without a graph from now on, and warn."""
         self.failure = reason
         self.graphs.clear()
         warn(f"The training step runs without a CUDA graph from now on. {reason}")
@@ -286,7 +281,7 @@ class Graphs:
     def _on_side_stream(
         self, step: Callable[..., Tensor], x: Tensor, y: Tensor, *parts: Callable[..., Any]
     ) -> Tensor:
-        """A step on the stream of the captures, because nodes of autograd remember their stream."""
+        """Do a step on the stream of the captures, because autograd's nodes remember their stream."""
         with torch.cuda.device(x.device):
             with cuda_graph.beside(self._stream(x.device), x, y):
                 loss = step(x, y, *parts)
@@ -306,7 +301,7 @@ def _modules(model: torch.nn.Module, loss_fn: Any) -> Iterator[torch.nn.Module]:
 
 
 def _value(it: Any) -> Any:
-    """``it`` if it cannot change in place; of a tensor the memory that it has; of anything else its id."""
+    """``it`` if it cannot change in place; for a tensor its id, memory and layout; otherwise its id."""
     if it is None or isinstance(it, (bool, int, float, str, torch.dtype, torch.device)):
         return it
     if isinstance(it, (tuple, list)):

@@ -1,9 +1,9 @@
 """Recipe: what the fast steps need to know about model, loss and optimizer.
 
-There is one for a chain Linear, ReLU, Linear, ..., Linear, trained on the cross-entropy or the mean squared
-error by SGD, Adam or AdamW; for anything else there is a sentence that says why not. It is made anew at every
-step and nothing is cached, because anything may have changed since the last step: learning rates, hooks,
-parameters, PyTorch's own functions. Cheap questions come first.
+A chain Linear, ReLU, Linear, ..., Linear has a recipe if it is trained on the cross-entropy or the mean
+squared error by SGD, Adam or AdamW. For anything else, a sentence says why there is no recipe. Each step
+makes its recipe anew and caches nothing, because anything may have changed since the last step: learning
+rates, hooks, parameters, PyTorch's own functions. Cheap checks come first.
 """
 
 import operator
@@ -37,11 +37,11 @@ _use_count = Tensor._use_count  # type: ignore[attr-defined, unused-ignore]
 
 SHARES_MEMORY = "Either x or y shares memory with a parameter or the optimizer's state."
 NO_STATE = "The optimizer has no state yet; the first step runs as in PyTorch's loop."
-NODE_IS_HELD = "Somebody holds the AccumulateGrad node of a parameter, or a graph with it; it may have hooks."
+NODE_IS_HELD = "The AccumulateGrad node of a parameter is kept alive, perhaps by a graph; it may have hooks."
 
 
 class Recipe(NamedTuple):
-    """An MLP Linear, ReLU, Linear, ..., Linear with its loss and its optimizer, as they are at this step."""
+    """An MLP with its loss and its optimizer, as they are at this step."""
 
     flatten: bool  # whether nn.Flatten comes first
     weights: list[Parameter]  # the model's own parameters, all of one dtype and device
@@ -49,13 +49,13 @@ class Recipe(NamedTuple):
     loss: str  # "cross_entropy" or "mse"
     update: str  # "sgd", "adam" or "adamw"
     parameters: list[Parameter]  # weight, bias, weight, ..., without the biases that are None
-    groups: list[dict[str, Any]]  # of each parameter: its group in optimizer.param_groups
-    # Of each parameter: its entry in optimizer.state, with momentum_buffer (where momentum is not 0), or with
+    groups: list[dict[str, Any]]  # for each parameter, its group in optimizer.param_groups
+    # For each parameter, its entry in optimizer.state: momentum_buffer if the momentum is not 0; for Adam,
     # step, exp_avg and exp_avg_sq.
     states: list[dict[str, Any]]
     counts: list[Tensor]  # the optimizer's counts of steps: Adam's state["step"], none for SGD
     written: list[Tensor]  # all that the optimizer's step writes to: parameters, moments, counts
-    memory: Spans  # of the tensors in written, of which no two share memory
+    memory: Spans  # where the tensors in written lie; no two of them share memory
 
 
 def recipe_of(model: Module, loss_fn: Callable[..., Tensor], optimizer: Optimizer) -> Recipe | str:
@@ -96,9 +96,9 @@ def recipe_of(model: Module, loss_fn: Callable[..., Tensor], optimizer: Optimize
 
 
 def why_watched(device_type: str, forced: bool = False) -> str | None:
-    """Why a step on this kind of device has to run PyTorch's functions one by one under autograd, or None.
+    """Why a step on this type of device has to run PyTorch's functions one by one under autograd, or None.
 
-    forced: the step runs on the kernels, as under ``backend("triton")``.
+    forced: the step asked about runs on the kernels, so ``backend("triton")`` is no reason against it.
     """
     if not is_grad_enabled():
         return "Grad mode is off, and a backward would raise."
@@ -120,7 +120,7 @@ def why_watched(device_type: str, forced: bool = False) -> str | None:
 
 
 def why_batch_unknown(recipe: Recipe, x: Tensor, y: Tensor) -> str | None:
-    """Why x and y are not rows for the model and targets for the loss of this recipe, or None."""
+    """Why x does not fit the model of this recipe, or y its loss; None if both fit."""
     if x.requires_grad or y.requires_grad:
         return "Either x or y requires grad."
     if x.layout is not torch.strided or y.layout is not torch.strided or x.is_nested or y.is_nested:
@@ -138,53 +138,47 @@ def why_batch_unknown(recipe: Recipe, x: Tensor, y: Tensor) -> str | None:
     return None
 
 
-def _loss_of(loss_fn: Callable[..., Tensor]) -> str:
-    """The loss's name, or a sentence that says why it is none of the two."""
-    if loss_fn is cross_entropy:
-        return "cross_entropy"
-    if loss_fn is mse_loss:
-        return "mse"
+def _loss_of(loss_fn: Any) -> str:
+    """The name of the loss, or a sentence that says why it is neither of the two."""
     kind = type(loss_fn)
-    if kind is CrossEntropyLoss:
-        own = vars(loss_fn)
-        if (
-            _unobserved(loss_fn)  # type: ignore[arg-type]
-            and own["reduction"] == "mean"
-            and own["ignore_index"] == -100
-            and own["label_smoothing"] == 0
-            and loss_fn._buffers.get("weight", loss_fn) is None  # type: ignore[attr-defined]
-            and "weight" not in own
-        ):
-            return "cross_entropy"
-        return "The CrossEntropyLoss has weights, label smoothing, a hook or another option."
-    if kind is MSELoss:
-        if _unobserved(loss_fn) and vars(loss_fn)["reduction"] == "mean":  # type: ignore[arg-type]
-            return "mse"
-        return "The MSELoss has another reduction than the mean, or a hook."
-    name = getattr(loss_fn, "__name__", kind.__name__)
-    return f"The loss is {name}, neither cross-entropy nor the mean squared error."
+    if loss_fn is cross_entropy or loss_fn is mse_loss:
+        return "cross_entropy" if loss_fn is cross_entropy else "mse"
+    if kind is not CrossEntropyLoss and kind is not MSELoss:
+        name = getattr(loss_fn, "__name__", kind.__name__)
+        return f"The loss is {name}, neither cross-entropy nor the mean squared error."
+    own = loss_fn.__dict__
+    if (
+        not nn._unobserved(loss_fn, _FORWARDS)
+        or own["reduction"] != "mean"
+        or own.get("ignore_index", -100) != -100
+        or own.get("label_smoothing", 0) != 0
+        or own["_buffers"].get("weight") is not None
+        or own["_parameters"]
+        or "weight" in own
+    ):
+        return f"The {kind.__name__} has a reduction other than the mean, weights, another option or a hook."
+    return "cross_entropy" if kind is CrossEntropyLoss else "mse"
 
 
-_OPTIMIZERS = (SGD, Adam, AdamW)
 _REFUSED = ("maximize", "differentiable", "amsgrad", "capturable")
 
 
 def _unhooked(step: Any) -> Any:
-    """An optimizer's step without the wrapper for hooks that its first instance puts around it."""
+    """The step of an optimizer class without the wrapper for hooks that the first instance puts around it."""
     return step.__wrapped__ if "hooked" in vars(step) else step
 
 
-_STEPS = {kind: _unhooked(kind.step) for kind in _OPTIMIZERS}
+_STEPS = {kind: _unhooked(kind.step) for kind in (SGD, Adam, AdamW)}
 _ZERO_GRAD = Optimizer.zero_grad
 
 
 def why_update_unknown(optimizer: Optimizer) -> str | None:
-    """Why the optimizer's step may be more than the formula of SGD, Adam or AdamW, or None."""
+    """Why a step of the optimizer may do more than the formula of SGD, Adam or AdamW, or None."""
     kind, own = type(optimizer), optimizer.__dict__
-    if kind not in _OPTIMIZERS:
+    if kind not in _STEPS:
         return f"The optimizer is a {kind.__name__}, not SGD, Adam or AdamW."
     step = own.get("step")
-    # A scheduler wraps it, only to know that it was called.
+    # A learning rate scheduler wraps the step, only to know whether it was called.
     if step is not None and not (
         "_wrapped_by_lr_sched" in vars(step) and _unhooked(step.__wrapped__) is _STEPS[kind]
     ):
@@ -204,10 +198,10 @@ def why_update_unknown(optimizer: Optimizer) -> str | None:
 
 
 def _groups_of(parameters: list[Parameter], optimizer: Optimizer) -> list[dict[str, Any]] | str:
-    """Of each parameter its group in the optimizer; or a sentence that says why not."""
+    """The optimizer's group of each parameter, or a sentence that says what is unusual about the groups."""
     if len(optimizer.param_groups) == 1:
         (group,) = optimizer.param_groups
-        if list(map(id, group["params"])) == list(map(id, parameters)):  # in this order, as is usual
+        if list(map(id, group["params"])) == list(map(id, parameters)):  # the usual case, checked fast
             return [group] * len(parameters)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     if len(groups) != len(parameters):
@@ -225,13 +219,13 @@ def _groups_of(parameters: list[Parameter], optimizer: Optimizer) -> list[dict[s
 def _states_of(
     parameters: list[Parameter], groups: list[dict[str, Any]], optimizer: Optimizer, update: str
 ) -> tuple[list[dict[str, Any]], list[Tensor], list[Tensor]] | str:
-    """Of each parameter its state, then all moments and all counts of steps; or why they are unusual."""
+    """The optimizer's state of each parameter, all moments and all counts of steps; or what is unusual."""
     having = [i for i, group in enumerate(groups) if update != "sgd" or group["momentum"] != 0]
-    if not having:  # a step reads and writes no state
+    if not having:  # SGD without momentum neither reads nor writes state
         return [{}] * len(parameters), [], []
     get = optimizer.state.get
     states = [get(parameter) or {} for parameter in parameters]
-    owners = [parameters[i] for i in having]  # of each of the moments, which has to be like it
+    owners = [parameters[i] for i in having]  # for each moment, the parameter that it must resemble
     moments: list[Any]
     counts: list[Any] = []
     if update == "sgd":
@@ -261,14 +255,13 @@ def _states_of(
 
 
 _CONTAINERS = (torch.nn.Sequential, nn.Sequential, nn.MLP)
-_KNOWN_MODULES: dict[type[Module], Callable[..., Tensor]] = {
-    **nn._FORWARDS,
-    **{kind: kind.forward for kind in (*_CONTAINERS, Flatten, Identity, CrossEntropyLoss, MSELoss)},
+_FORWARDS: dict[type[Module], Any] = nn._FORWARDS | {
+    kind: kind.forward for kind in (*_CONTAINERS, Flatten, Identity, CrossEntropyLoss, MSELoss)
 }
 
 
 def _layers_of(model: Module) -> tuple[bool, list[Parameter], list[Parameter | None]] | str:
-    """Whether a Flatten comes first, the weights and the biases; or a sentence that says why not."""
+    """Whether a Flatten comes first, the weights and the biases; or why the model has no recipe."""
     if _has_any_global_hook() or Module.__call__ is not nn._MODULE_CALL:
         return "A global hook of modules is registered, or Module.__call__ was replaced."
     if type(model) not in _CONTAINERS and type(model) not in nn._LINEARS:
@@ -276,7 +269,7 @@ def _layers_of(model: Module) -> tuple[bool, list[Parameter], list[Parameter | N
     modules: list[Module] = []
     if (reason := _collect(model, modules)) is not None:
         return reason
-    flatten, relu = False, True  # relu: whether a Linear may follow, as after a ReLU
+    flatten, relu = False, True  # relu: a Linear may come next, as it may after a ReLU and at the start
     weights: list[Parameter] = []
     biases: list[Parameter | None] = []
     for module in modules:
@@ -298,15 +291,15 @@ def _layers_of(model: Module) -> tuple[bool, list[Parameter], list[Parameter | N
                 return "A Flatten is not the first of the layers, or keeps some dimensions."
             flatten = True
         elif kind is not Identity:
-            return f"There is a {kind.__name__} among the layers, which is neither Linear nor ReLU."
+            return f"One of the layers is a {kind.__name__}, neither Linear nor ReLU."
     if relu:
         return "The last layer is not a Linear without a ReLU."
     return flatten, weights, biases
 
 
 def _collect(module: Module, modules: list[Module]) -> str | None:
-    """Append all modules that are no Sequentials, in the order in which they run; or say why not."""
-    if not _unobserved(module):
+    """Append all modules except Sequentials in the order in which they run, or return why that is unknown."""
+    if type(module) not in _FORWARDS or not nn._unobserved(module, _FORWARDS):
         return f"A {type(module).__name__} is not known, or has a hook or a forward of its own."
     if type(module) not in _CONTAINERS:
         modules.append(module)
@@ -317,26 +310,12 @@ def _collect(module: Module, modules: list[Module]) -> str | None:
     return None
 
 
-def _unobserved(module: Module) -> bool:
-    """Whether a call of this module is its class's own forward, a known one, and nothing else."""
-    own = module.__dict__
-    known = _KNOWN_MODULES.get(type(module))
-    return known is not None and not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or module._compiled_call_impl is not None
-        or "forward" in own
-        or type(module).forward is not known
-    )
-
-
 def has_node(parameter: Tensor) -> bool:
-    """Whether somebody holds the parameter's AccumulateGrad node, whose hooks only a backward calls.
+    """True if the parameter's AccumulateGrad node exists. It may have hooks, which only a backward calls.
 
-    The node holds the parameter. It is made when it is first asked for, and lives no longer than somebody
-    holds it. So it was there already if asking for it adds no holder of the parameter.
+    PyTorch makes the node when something first asks for it, and drops it with the last reference to it. The
+    node itself holds a reference to the parameter. So if asking for the node leaves the number of references
+    to the parameter as it was, the node existed before.
     """
     holders = _use_count(parameter)
     if holders == 1:
@@ -350,7 +329,7 @@ def has_node(parameter: Tensor) -> bool:
 def _why_parameters_unknown(
     weights: list[Parameter], biases: list[Parameter | None], parameters: list[Parameter]
 ) -> str | None:
-    # All at once; one by one only where something is unusual.
+    # One fast comparison of all parameters; only where it fails are they checked one by one.
     usual = (Parameter, True, weights[0].dtype, True, None, None)
     if list(map(_look_at, parameters)) != [usual] * len(parameters):
         first = weights[0]
@@ -367,19 +346,16 @@ def _why_parameters_unknown(
                 return "A parameter has a hook."
     if not all(map(_is_contiguous, parameters)):
         return "A parameter is not contiguous in memory."
-    columns = None
+    columns = None  # of the next weight: the outputs of the layer before
     for weight, bias in zip(weights, biases, strict=True):
         shape = weight.shape
-        if (
-            len(shape) != 2
-            or (columns is not None and shape[1] != columns)
-            or (bias is not None and bias.shape != (shape[0],))
-        ):
+        fits = len(shape) == 2 and columns in (None, shape[1])
+        if not fits or (bias is not None and bias.shape != (shape[0],)):
             return "The shapes of the layers do not fit."
         columns = shape[0]
     if len(set(map(id, parameters))) != len(parameters):
         return "Two layers share a parameter."
-    # Each is held by its object in Python, and almost always by nobody else.
+    # The first sum is fast: almost always, the only reference to a parameter is that of its Python object.
     if sum(map(_use_count, parameters)) != len(parameters) and any(map(has_node, parameters)):
         return NODE_IS_HELD
     if any(map(_is_inference, parameters)):

@@ -1,4 +1,4 @@
-"""Which tensors share memory: a step that updates one tensor must not change another one on the way."""
+"""Find tensors that share memory, because updating one of them would change the other in mid-step."""
 
 import operator
 from bisect import bisect_right
@@ -12,12 +12,12 @@ _LAST = 2**64  # no address is as large
 
 
 class Spans(NamedTuple):
-    """Pieces of memory that do not overlap, as (address, size in bytes), in the order of their addresses."""
+    """Pieces of memory that do not overlap: (address, size in bytes), sorted by address."""
 
     pieces: list[tuple[int, int]]
 
     def touch(self, tensor: Tensor) -> bool:
-        """Whether the strided tensor, or a gap between its rows, lies in one of the pieces."""
+        """True if the strided tensor, gaps between its rows included, overlaps one of the pieces."""
         if tensor.is_contiguous():
             size = tensor.nbytes
         else:
@@ -32,7 +32,7 @@ class Spans(NamedTuple):
 
 
 def memory_of(tensors: list[Tensor]) -> Spans | None:
-    """Where these contiguous tensors lie, or None if two of them share memory."""
+    """The memory of these contiguous tensors, or None if two of them share memory."""
     # The address of a tensor without elements is 0, whatever it is a view of.
     pieces = sorted(zip(map(_data_ptr, tensors), map(_nbytes, tensors), strict=True))
     end = 0

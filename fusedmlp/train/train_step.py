@@ -1,4 +1,4 @@
-"""``TrainStep``: forward, loss, backward and update as one call, on the fastest route that is right."""
+"""``TrainStep``: forward, loss, backward and update as one call, by the fastest route with equal results."""
 
 import contextlib
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from fusedmlp.train.recipe import NO_STATE, Recipe, recipe_of, why_watched
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 
-# The routes of a step, by what explain() says where another is taken: "Not direct: ...".
+# The routes of a step, named as in explain()'s reason why a route was not taken: "Not direct: ...".
 _TWO_LAUNCHES, _GRAPH, _DIRECT, _ORDINARY = "in two launches", "a CUDA graph", "direct", "ordinary"
 _DESCRIPTIONS = {
     _TWO_LAUNCHES: "Two launches: all rows forward and backward, then all weights with their update.",
@@ -31,22 +31,23 @@ class TrainStep:
     It takes any model, loss and torch optimizer. Well-known ones take a faster route, with the same results
     and the same state of model and optimizer; :meth:`explain` says which route, and why no faster one.
 
-    loss_fn: called as ``loss_fn(model(x), y)``, a scalar; x and y are tensors, or what model and loss take.
-    optimizer: if its step requires a closure, as LBFGS's, it gets one, and its first loss is returned.
-    clip_grad_norm: the largest norm of all gradients together, as of ``torch.nn.utils.clip_grad_norm_``.
-    accumulate: the optimizer steps at every n-th call, with the mean of the gradients. scaler: a
-    ``torch.amp.GradScaler``. compute_dtype: ``torch.bfloat16`` computes the products in bfloat16, as under
-    ``torch.autocast``; parameters stay float32. A CPU without units for it computes in float32 and warns.
+    loss_fn: called as ``loss_fn(model(x), y)``, returns a scalar; x and y are whatever model and loss take.
+    optimizer: if its step requires a closure, as that of LBFGS does, it gets one, and the first loss of the
+    closure is returned. clip_grad_norm: the largest norm of all gradients together, as in
+    ``torch.nn.utils.clip_grad_norm_``. accumulate: the optimizer steps at every n-th call, with the mean of
+    the gradients. scaler: a ``torch.amp.GradScaler``. compute_dtype: ``torch.bfloat16`` computes the products
+    in bfloat16, as under ``torch.autocast``; parameters stay float32. A CPU without units for bfloat16
+    computes in float32 and warns.
 
     Everything is read anew at each call: learning rates, loaded values, frozen layers. On a GPU the step is
     replayed from a CUDA graph: Python code in the model runs only in the first steps of a shape, and after an
-    attribute, a parameter or a setting has changed. The step is the ordinary one where parameters, state, x
-    or y share memory, where a hook may be watching, or where one of PyTorch's own functions was replaced.
+    attribute, a parameter or a setting has changed. The step is the ordinary one if parameters, state, x or y
+    share memory, if a hook may be watching, or if one of PyTorch's own functions was replaced.
 
-    A label that is no class raises IndexError. A step in two launches on a GPU does not wait for that: it and
-    the steps after it change nothing and return NaN, and one of the next calls raises, with the step's number
-    among the calls so far, from 0; :meth:`epoch` raises at its end. A loss that is NaN is returned as it is,
-    for a check would wait for the GPU; :meth:`epoch` warns of it. After a step, ``.grad`` may be None.
+    A label that is no class raises IndexError. A step in two launches on a GPU does not wait to find out: it
+    and the steps after it change nothing and return NaN, and one of the next calls raises, with the number of
+    the wrong call, from 0; :meth:`epoch` raises at its end. A loss that is NaN is returned unchecked, because
+    a check would wait for the GPU; :meth:`epoch` warns of it. After a step, ``.grad`` may be None.
 
     >>> step = TrainStep(model, torch.nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1))
     >>> loss = step(x, y)
@@ -84,7 +85,7 @@ class TrainStep:
         self._accumulated = 0  # calls whose gradients wait in .grad
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Train the model on this batch. The loss before the update, a detached scalar."""
+        """Train the model on this batch, and return the loss before the update, a detached scalar."""
         number, self._calls = self._calls, self._calls + 1
         route, recipe, _ = self._route(x, y)
         if route is _TWO_LAUNCHES:
@@ -92,7 +93,7 @@ class TrainStep:
             if loss is not None:
                 self._tell_scheduler()
                 return loss
-            route, recipe, _ = self._route(x, y)  # a kernel has failed, and this route is closed
+            route, recipe, _ = self._route(x, y)  # a kernel has failed, so two launches are ruled out now
         self._two_launches.settle()
         if route is _GRAPH:
             return self._graphs(x, y, self._forward_backward, self._update)
@@ -109,7 +110,7 @@ class TrainStep:
         return loss
 
     def explain(self, x: Tensor, y: Tensor) -> str:
-        """Which route a step with this batch takes, and why no faster one: sentences. Nothing is run.
+        """Say which route a step with this batch takes, and why it takes no faster one. Nothing is run.
 
         >>> print(step.explain(x, y))
         Direct: forward, loss, backward and update in ATen calls, without autograd.
@@ -140,9 +141,9 @@ class TrainStep:
     def _route(
         self, x: Tensor, y: Tensor, rows: int | None = None
     ) -> tuple[str, Recipe | None, dict[str, str]]:
-        """The fastest route that is right for this batch, its recipe, and why not each faster one.
+        """The fastest route for this batch, its recipe, and the reason against each faster route.
 
-        rows: of a batch out of x and y, as in an epoch.
+        rows: of a batch, if x and y are the data of an epoch.
         """
         refused: dict[str, str] = {}
         on_cuda = _is_on(x, "cuda")
@@ -201,7 +202,7 @@ class TrainStep:
         return cpu_step.why_not(recipe, x, y, self._accumulated > 0) or recipe
 
     def _tell_scheduler(self) -> None:
-        """A learning rate scheduler asks whether the optimizer has stepped."""
+        """Set the flag by which a learning rate scheduler sees that the optimizer has stepped."""
         if "step" in vars(self._optimizer):
             self._optimizer._opt_called = True  # type: ignore[attr-defined]
 
@@ -218,7 +219,7 @@ class TrainStep:
         return cpu_step.why_not_bfloat16() if self._device_type(x) == "cpu" else None
 
     def _device_type(self, x: Any) -> str:
-        """Of x, or of the model if x is not a tensor but several."""
+        """The device type of x, or the model's if x is not a tensor."""
         tensor = x if isinstance(x, Tensor) else next(self._model.parameters(), torch.empty(0))
         return tensor.device.type
 
@@ -230,13 +231,13 @@ class TrainStep:
         generator: torch.Generator | None = None,
         drop_last: bool = False,
     ) -> Tensor:
-        """Train on all rows once, in random order. The losses of the steps, detached, in their order.
+        """Train on all rows once, in random order, and return the losses of the steps, detached.
 
-        images ``(n, ...)``: uint8 becomes 0 to 1 in the model's dtype, other dtypes are left as they are;
-        flattened to ``(batch, features)`` if the model begins with a Linear of so many features. labels
-        ``(n, ...)``. The order is ``torch.randperm(n, generator=generator)`` on the images' device. Every
-        batch lies in the same memory: a model that keeps its input finds the next batch in it. At its end it
-        warns of the first loss that is not finite.
+        images ``(n, ...)``: uint8 becomes 0 to 1 in the model's dtype, other dtypes stay. Each image is
+        flattened if the model begins with a Linear that takes as many features. labels ``(n, ...)``. The
+        order is ``torch.randperm(n, generator=generator)`` on the images' device. All batches use the same
+        memory, so a model that keeps its input finds the next batch in it. The epoch ends with a warning if a
+        loss is not finite.
 
         >>> losses = step.epoch(images, labels, batch_size=64)
         """
@@ -283,7 +284,10 @@ class TrainStep:
     def _in_two_launches(
         self, images: Tensor, labels: Tensor, order: Tensor, size: int, before: int
     ) -> list[Tensor]:
-        """The losses of the steps on the rows ``order``: all, those before a kernel fails, or none."""
+        """Train in two launches on the rows ``order`` as far as that works, and return the losses.
+
+        before: the number of steps of this epoch that went another way.
+        """
         route, recipe, _ = self._route(images, labels, size)
         if len(order) == 0 or route is not _TWO_LAUNCHES:
             return []
@@ -304,7 +308,7 @@ class TrainStep:
         return loss
 
     def _by_its_closure(self, x: Tensor, y: Tensor) -> Tensor:
-        """The optimizer calls what computes loss and gradients, as often as it likes: the first loss."""
+        """Give the optimizer a closure, which it may call several times; return the closure's first loss."""
         losses: list[Tensor] = []
 
         def closure() -> Tensor:
@@ -330,7 +334,7 @@ class TrainStep:
         return loss.detach()
 
     def _update(self) -> None:
-        """By the gradients in .grad."""
+        """Clip the gradients in .grad and do the optimizer's step."""
         self._clip()
         groups = self._optimizer.param_groups
         if all(p.grad is None for group in groups for p in group["params"]) and not arguments.has_some_of(
@@ -342,7 +346,7 @@ class TrainStep:
         else:
             self._scaler.step(self._optimizer)
             self._scaler.update()
-        if any(group.get("fused") for group in groups):  # which do not count what they write to
+        if any(group.get("fused") for group in groups):  # fused optimizers do not raise autograd's versions
             torch.autograd.graph.increment_version(graph_step.written_by(self._optimizer))
 
     def _clip(self) -> None:

@@ -3,15 +3,15 @@
     refresh   the low-precision weights, if the products are not float32
     launch 1  by rows: forward, loss and backward to the gradient of each layer's output
     launch 2  by weights: the gradients of weights and biases, and the optimizer's update
-    after     the optimizer's counts of steps, autograd's versions, and ``.grad`` is None as after zero_grad
+    after     the optimizer's counts of steps and autograd's versions go up; ``.grad`` becomes None
 
-An epoch is such a step for each batch, and from the second time on one replay of a CUDA graph of them all.
-Parameters, state and hyper-parameters are read anew at every call; to the kernels go coefficients, eight
-numbers for each parameter that are computed from the hyper-parameters on the CPU, in double.
+An epoch does this for each batch. From the second epoch on, one CUDA graph of all its steps is replayed.
+Parameters, state and hyper-parameters are read anew at every call. The CPU computes coefficients from the
+hyper-parameters, in double: eight numbers for each parameter, which the kernels read.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,14 +27,15 @@ from fusedmlp.train.recipe import SHARES_MEMORY, Recipe, why_batch_unknown
 def why_not(
     recipe: Recipe, x: Tensor, y: Tensor, dtype: torch.dtype | None, rows: int | None = None
 ) -> str | None:
-    """None if a step on x and y, or on so many ``rows`` of them, is right, else the reason.
+    """Why a step on x and y cannot run in two launches, or None if it can.
 
-    dtype: of the products; None is the model's. With ``rows``, x may be uint8, which stands for 0 to 1.
+    dtype: of the products; None means the model's. rows: of a batch, if x and y are the data of an epoch;
+    then x may be uint8, which stands for 0 to 1.
     """
     if (reason := predicate.why_no_kernels(x)) is not None:
         return reason
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return "A CUDA graph is being captured, whose replay would read no hyper-parameters."
+        return "A CUDA graph is being captured; its replays would not read the hyper-parameters anew."
     weight = recipe.weights[0]
     if type(y) is not Tensor or y.device != x.device or weight.device != x.device:
         return "The batch and the model are not plain tensors on one device."
@@ -65,17 +66,10 @@ def _why_not_update(recipe: Recipe) -> str | None:
         if len({(group["momentum"] != 0, group["nesterov"]) for group in groups}) > 1:
             return "Groups of parameters differ in whether they have momentum, or Nesterov's."
     elif any(not count.is_cpu for count in recipe.counts):
-        return "The optimizer counts its steps on the GPU, as with fused=True, and to read that would wait."
+        return "The optimizer counts its steps on the GPU, as with fused=True; reading the count would wait."
     elif any(isinstance(beta, Tensor) for group in groups for beta in group["betas"]):
         return "A beta is a tensor."
     return None
-
-
-class Captured(NamedTuple):
-    """The CUDA graph of an epoch, and all that must be the same for a replay to be right."""
-
-    key: tuple[Any, ...]
-    graph: torch.cuda.CUDAGraph
 
 
 class TwoLaunches:
@@ -83,14 +77,14 @@ class TwoLaunches:
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         self._dtype = dtype or torch.float32  # of the products
-        self.failure: str | None = None  # why no step is taken this way any more, if a kernel has failed
-        self._made: Any = None  # widths and device that the workspace is for
+        self.failure: str | None = None  # the error of a kernel, after which no step goes in two launches
+        self._made: Any = None  # widths and device of the workspace
         self._workspace: Any = None
         self._order = self._losses = torch.empty(0)
-        # By the number of steps: their coefficients on the device, and on the CPU as they were copied there.
+        # For each number of steps: coefficients on the device, and those on the CPU that were copied there.
         self._coefficients: dict[int, tuple[Tensor, Tensor]] = {}
-        self._ran: Any = None  # what an epoch has launched, so that it may now be captured
-        self._captured: Captured | None = None
+        self._ran: Any = None  # the key of the last epoch that was launched, so that it may now be captured
+        self._captured: tuple[Any, torch.cuda.CUDAGraph] | None = None  # an epoch's key and its graph
         self._no_graph: str | None = None  # why a capture failed, if one has
         self._labels = wrong_labels.Labels()
 
@@ -99,19 +93,18 @@ class TwoLaunches:
         return self._no_graph or cuda_graph.why_not_capture()
 
     def step(self, recipe: Recipe, x: Tensor, y: Tensor, number: int) -> Tensor | None:
-        """Do one step and return its mean loss.
+        """Do one step and return its mean loss, or None if a kernel failed.
 
-        None if a kernel has failed: then nothing has changed, and no later step is taken this way. number: of
-        the step, for an error. IndexError if a label is no class. On a GPU one of the next calls raises it;
-        until then steps change nothing, and their losses are NaN.
+        After a failure nothing has changed, and no later step goes in two launches. number: of the step, for
+        an error. IndexError if a label is no class: on a GPU one of the next calls raises it, and until then
+        steps change nothing and their losses are NaN.
         """
         self.settle(wait=False)
-        rows = x.shape[0]
         losses = torch.empty(1, device=x.device)
-        run = self._prepared(recipe, x, y, rows, 1)
-        _kernels().refresh_low_precision(run.parameters)
+        job = self._job(recipe, x, None, y, losses, len(x))
+        _kernels().refresh_low_precision(job.parameters)
         try:
-            run.launch(None, 0, rows, losses, 0, number)
+            _kernels().train_step(job, 0, len(x), 0, number=number)
         except predicate.kernels().KernelFailed as failure:
             self._close(failure)
             return None
@@ -123,9 +116,10 @@ class TwoLaunches:
         return losses[0]
 
     def settle(self, wait: bool = True) -> None:
-        """Raise IndexError if a step so far met a label that is no class; before another route trains on.
+        """Raise IndexError if a step so far met a label that is no class.
 
-        Without wait, only if that is known already.
+        This is called before another route trains on. Without wait, it raises only if the error is known
+        already.
         """
         if self._made is not None:
             self._labels.look(self._workspace.wrong, self._made[0][-1], wait)
@@ -133,58 +127,58 @@ class TwoLaunches:
     def epoch(
         self, recipe: Recipe, images: Tensor, labels: Tensor, order: Tensor, batch_size: int, before: int
     ) -> Tensor:
-        """Do a step for each ``batch_size`` of the rows ``order``, the last on what is left; all losses.
+        """Do a step for each ``batch_size`` of the rows ``order``, the last for the rest; return all losses.
 
         On a GPU the first epoch goes launch by launch. The second is captured in a CUDA graph, which is
         replayed as long as it reads and writes the same memory in the same way. The kernels for both lengths
-        of batch are built before the first step. If one fails all the same, the losses are those of the steps
-        before it, which are done. IndexError if a label is no class: the steps before it are done. before:
-        how many steps of this epoch were done in another way, for that error.
+        of batch are built before the first step. If a kernel fails all the same, the steps before it are
+        done, and their losses are returned. IndexError if a label is no class: the steps before it are done.
+        before: the number of steps of this epoch that went another way, for that error.
         """
         self.settle()
         lengths = [min(batch_size, len(order) - first) for first in range(0, len(order), batch_size)]
-        run = self._prepared(recipe, images, labels, batch_size, len(lengths))
-        if self._order.shape != order.shape or len(self._losses) != len(lengths):
-            self._order = torch.empty_like(order)
-            self._losses = torch.empty(len(lengths), device=order.device)
+        if self._order.shape != order.shape or self._order.device != order.device:
+            self._order, self._losses = torch.empty_like(order), torch.empty(len(order), device=order.device)
         self._order.copy_(order)
-        compiled = (run.identity(), batch_size, lengths[-1])
-        memory = (run.coefficients, self._order, self._losses)
+        losses = self._losses[: len(lengths)]
+        job = self._job(recipe, images, self._order, labels, losses, batch_size)
+        compiled = (_identity(job), batch_size, lengths[-1])
+        memory = (job.coefficients, self._order, losses)
         key = (compiled, len(order), *(tensor.data_ptr() for tensor in memory))
         done = 0
 
         def launch_all() -> None:
             nonlocal done
-            _kernels().refresh_low_precision(run.parameters)
+            _kernels().refresh_low_precision(job.parameters)
             for done, rows in enumerate(lengths):
-                run.launch(self._order, done * batch_size, rows, self._losses, done, done)
+                _kernels().train_step(job, done * batch_size, rows, done)
             done = len(lengths)
 
         replay = images.is_cuda and compiled == self._ran and self.why_no_replay() is None
-        if replay and (self._captured is None or self._captured.key != key):
+        if replay and (self._captured is None or self._captured[0] != key):
             self._captured = None  # so that the memory of the graph before is free for this one
             graph = self._capture(launch_all, images.device)
-            self._captured = None if graph is None else Captured(key, graph)
+            self._captured = None if graph is None else (key, graph)
         if replay and self._captured is not None:
             with torch.cuda.device(images.device):
-                self._captured.graph.replay()
+                self._captured[1].replay()
             done = len(lengths)
         else:
             done = 0
             try:
                 for rows in {lengths[0], lengths[-1]}:
-                    run.build(self._order, rows, self._losses)
+                    _kernels().build_step(job, rows)
                 launch_all()
                 self._ran = compiled
             except predicate.kernels().KernelFailed as failure:
                 self._end(recipe, done, before)
                 self._close(failure)
-                return self._losses[:done].clone()
+                return losses[:done].clone()
         self._end(recipe, done, before)
-        return self._losses.clone()
+        return losses.clone()
 
     def _end(self, recipe: Recipe, done: int, before: int) -> None:
-        """Count the steps of an epoch that are done: all, or those before a label that is no class."""
+        """Count the ``done`` steps of an epoch. At a label that is no class, count those before and raise."""
         record = self._workspace.wrong
         wrong = wrong_labels.wrong_label(record) if recipe.loss == "cross_entropy" and done > 0 else None
         _advance(recipe, done if wrong is None else wrong[0])
@@ -194,7 +188,7 @@ class TwoLaunches:
             raise IndexError(wrong_labels.no_class(wrong[1], self._made[0][-1], step))
 
     def _close(self, failure: Exception) -> None:
-        """Take no later step this way; under ``backend("triton")`` raise the failure instead."""
+        """Do no later step in two launches; under ``backend("triton")`` raise the failure instead."""
         if backend_choice.forced():
             raise failure
         self.failure = str(failure)
@@ -210,61 +204,37 @@ class TwoLaunches:
             warn(f"An epoch goes launch by launch, not as a CUDA graph. {self._no_graph}")
             return None
 
-    def _prepared(self, recipe: Recipe, x: Tensor, y: Tensor, rows: int, steps: int) -> "_Run":
-        """The arguments of the launches, with the coefficients of so many steps on the device."""
-        kernels, device, widths = _kernels(), x.device, _widths_of(recipe)
+    def _job(
+        self, recipe: Recipe, x: Tensor, order: Tensor | None, y: Tensor, losses: Tensor, rows: int
+    ) -> Any:
+        """The job of the kernels: a step of at most ``rows`` rows for each element of ``losses``."""
+        kernels, device, widths, steps = _kernels(), x.device, _widths_of(recipe), len(losses)
         if self._made != (widths, device) or self._workspace.rows < rows:
             self.settle()  # before the record of wrong labels goes with the workspace
             self._workspace = kernels.workspace_for(widths, rows, self._dtype, device)
             self._made, self._ran, self._captured = (widths, device), None, None
-            self._order = self._losses = torch.empty(0)
             self._coefficients.clear()
         numbers = _coefficients_of(recipe, steps)
-        there, sent = self._coefficients.get(steps, (None, None))
-        if there is None or sent is None or not torch.equal(sent, numbers):
-            if there is None:
-                there = torch.empty_like(numbers, device=device)
+        there, sent = self._coefficients.get(steps) or (torch.empty_like(numbers, device=device), None)
+        if sent is None or not torch.equal(sent, numbers):
             # From pinned memory that is not written to again, so the copy need not be waited for.
             there.copy_(numbers.pin_memory() if x.is_cuda else numbers, non_blocking=True)
             self._coefficients[steps] = there, numbers
         nesterov = bool(recipe.groups[0].get("nesterov", False))
         network = kernels.Network(widths, recipe.loss, recipe.update, nesterov)
-        x = x.detach().flatten(1).contiguous()
+        scale = 1.0 if x.is_floating_point() else 1 / 255
+        # The second launch also does the optimizer's step: it updates the parameters and Adam's moments in place,
+        # see update in kernels/train_step/optimizers.py.
         parameters = _parameters_of(recipe, self._workspace.low_precision)
-        return _Run(x, y.detach().contiguous(), parameters, network, there, self._workspace)
+        x, y = x.detach().flatten(1).contiguous(), y.detach().contiguous()
+        return kernels.Job(x, order, y, parameters, network, there, losses, self._workspace, scale)
 
 
-class _Run(NamedTuple):
-    x: Tensor
-    y: Tensor
-    parameters: Any
-    network: Any
-    coefficients: Tensor
-    workspace: Any
-
-    def launch(
-        self, index: Tensor | None, first: int, rows: int, losses: Tensor, i: int, number: int
-    ) -> None:
-        # The second launch also does the optimizer's step: it updates weights and Adam's moments, all of them
-        # in self.parameters, in place. See update in kernels/train_step/optimizers.py.
-        _kernels().train_step(self._job(index, losses), first, rows, i, number=number)
-
-    def build(self, index: Tensor, rows: int, losses: Tensor) -> None:
-        """Compile and load what a step on so many rows launches."""
-        _kernels().build_step(self._job(index, losses), rows)
-
-    def _job(self, index: Tensor | None, losses: Tensor) -> Any:
-        scale = 1.0 if self.x.is_floating_point() else 1 / 255
-        return _kernels().Job(
-            self.x, index, self.y, self.parameters, self.network, self.coefficients, losses, self.workspace,
-            scale,
-        )  # fmt: skip
-
-    def identity(self) -> tuple[Any, ...]:
-        """What must be the same for a replay to be right: the caller's memory and compile-time constants."""
-        tensors = [self.x, self.y, *(t for group in self.parameters for t in group)]
-        addresses = tuple(None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in tensors)
-        return addresses, self.network, predicate.kernels().arithmetic(torch.float32)
+def _identity(job: Any) -> tuple[Any, ...]:
+    """All that a replay depends on: the caller's memory and compile-time constants."""
+    tensors = [job.x, job.target, *(t for group in job.parameters for t in group)]
+    addresses = tuple(None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in tensors)
+    return addresses, job.network, predicate.kernels().arithmetic(torch.float32)
 
 
 def _kernels() -> Any:
@@ -276,11 +246,11 @@ def _widths_of(recipe: Recipe) -> tuple[int, ...]:
 
 
 def _parameters_of(recipe: Recipe, low_precision: tuple[Tensor | None, ...]) -> Any:
-    """The parameters, all with a bias, and the optimizer's moments of them, as the kernels take them."""
+    """The parameters and their moments in the optimizer, as the kernels take them; each layer has a bias."""
     name = "momentum_buffer" if recipe.update == "sgd" else "exp_avg"
     moments = [state.get(name) for state in recipe.states]  # without momentum, the recipe has no state
     squares = [state.get("exp_avg_sq") for state in recipe.states]
-    # Detached: Triton and CUDA graphs have nothing to do with autograd.
+    # Detached, so that autograd does not see the kernels' launches.
     weights = tuple(weight.detach() for weight in recipe.weights)
     biases = tuple(bias.detach() for bias in recipe.biases if bias is not None)
     pairs = (tuple(part) for part in (moments[::2], moments[1::2], squares[::2], squares[1::2]))
@@ -290,36 +260,30 @@ def _parameters_of(recipe: Recipe, low_precision: tuple[Tensor | None, ...]) -> 
 def _coefficients_of(recipe: Recipe, steps: int) -> Tensor:
     """``(steps, parameters, 8)`` float32 on the CPU: the coefficients of each update."""
     kernels = predicate.kernels().optimizers
-    known: dict[Any, Any] = {}
-    rows = []
+    known: dict[Any, Tensor] = {}  # (steps, 8) for each group and count of steps
+    tables = []
     for i, group in enumerate(recipe.groups):
         done = recipe.counts[i].item() if recipe.counts else 0.0
         key = (id(group), done)
         if key not in known:
+            lr, decay = group["lr"], group["weight_decay"]
             if recipe.update == "sgd":
-                known[key] = kernels.sgd_coefficients(
-                    group["lr"], group["momentum"], group["dampening"], group["weight_decay"]
-                )
+                row = kernels.sgd_coefficients(lr, group["momentum"], group["dampening"], decay)
             else:
-                step: Any = done + 1.0
-                if steps > 1:
-                    step = torch.arange(1, steps + 1, dtype=torch.float64) + done
-                known[key] = kernels.adam_coefficients(
-                    group["lr"], group["betas"], group["eps"], group["weight_decay"],
-                    recipe.update == "adamw", step,
-                )  # fmt: skip
-                if steps > 1:
-                    numbers = [torch.as_tensor(n, dtype=torch.float64).expand(steps) for n in known[key]]
-                    known[key] = torch.stack(numbers, dim=1).float()
-        rows.append(known[key])
-    if isinstance(rows[0], Tensor):
-        return torch.stack(rows, dim=1)
-    return torch.tensor([rows], dtype=torch.float32).expand(steps, -1, -1).contiguous()
+                step = done + 1.0 if steps == 1 else torch.arange(1, steps + 1, dtype=torch.float64) + done
+                decoupled = recipe.update == "adamw"
+                row = kernels.adam_coefficients(lr, group["betas"], group["eps"], decay, decoupled, step)
+            if steps == 1:  # faster than the general way
+                known[key] = torch.tensor([row], dtype=torch.float32)
+            else:
+                columns = [torch.as_tensor(number, dtype=torch.float64).expand(steps) for number in row]
+                known[key] = torch.stack(columns, dim=1).float()
+        tables.append(known[key])
+    return torch.stack(tables, dim=1)
 
 
 def _advance(recipe: Recipe, steps: int) -> None:
-    """What so many steps leave behind besides new values: no gradients, the optimizer's counts of steps, and
-    autograd's versions of what was written to."""
+    """Clear ``.grad``, and raise the optimizer's counts and autograd's versions, after ``steps`` steps."""
     if steps == 0:
         return
     for parameter in recipe.parameters:

@@ -1,7 +1,7 @@
-"""Labels that are no class, in the two-launch step: the kernels record the first one, and here it is raised.
+"""Labels that are no class, in the two-launch step: the kernels record the first one, this file raises it.
 
-To read the record is to wait for the GPU. An epoch waits at its end anyway. After single steps the record is
-copied to the CPU now and then, and read when the copy has arrived.
+Reading the record waits for the GPU. An epoch waits at its end anyway. After single steps, every 16th starts
+a copy of the record to the CPU, which is read once it has arrived.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedmlp.dispatch import predicate
 
-_EVERY = 16  # steps between two copies: copy and event cost a microsecond or two each, a step 20
+_EVERY = 16  # steps between two copies: copy and event take a microsecond or two each, a step takes 20
 
 
 class Labels:
@@ -19,19 +19,19 @@ class Labels:
 
     def __init__(self) -> None:
         self._steps: list[tuple[int, list[Tensor]]] = []  # number, and the optimizer's counts of steps
-        self._fetched: Tensor | None = None  # the record's copy on the CPU
-        self._event: Any = None  # when the copy has arrived
-        self._covered = 0  # steps whose labels are in the copy
+        self._fetched: Any = None  # the record's copy on the CPU
+        self._event: Any = None  # recorded after the copy; None while no copy is under way
+        self._covered = 0  # how many of the steps the copy covers
 
     def wait_for(self, number: int, counts: list[Tensor]) -> None:
-        """Note a step that was launched. counts: the optimizer's counts of steps, which it raised by 1."""
+        """Note a launched step. counts: the optimizer's counts of steps, which it has raised by 1."""
         self._steps.append((number, counts))
 
     def look(self, record: Tensor, classes: int, wait: bool) -> None:
         """Raise IndexError if a launched step met a label that is not in 0 to classes - 1.
 
-        Then the counts of that step and of those after it are taken back, and the record is emptied. Without
-        wait, an error is raised only once a copy of the record has arrived.
+        Before it raises, it lowers the counts by that step and the steps after it, and clears the record.
+        Without wait, it raises only once a copy of the record has arrived.
         """
         covered = len(self._steps)
         if covered == 0:
@@ -47,7 +47,6 @@ class Labels:
             return
         else:
             self._event, covered = None, self._covered
-            assert self._fetched is not None
             found = wrong_label(self._fetched)
         if found is None:
             del self._steps[:covered]
@@ -70,12 +69,11 @@ class Labels:
 
 def wrong_label(record: Tensor) -> tuple[int, int] | None:
     """Number and label of the first step that met a label that is no class; waits for the record's device."""
-    found: tuple[int, int] | None = predicate.kernels().step.wrong_label(record)
-    return found
+    return predicate.kernels().step.wrong_label(record)  # type: ignore[no-any-return]
 
 
 def forget(record: Tensor) -> None:
-    """Empty the record, which lets steps update again."""
+    """Clear the record, so that steps update again."""
     predicate.kernels().step.forget_wrong_label(record)
 
 
