@@ -101,7 +101,8 @@ def run(
     with torch.no_grad():
         if done == 0:
             for parameter in parameters:
-                parameter.grad = None
+                if parameter.grad is not None:
+                    parameter.grad = None
         # SGD uses each gradient as soon as it is computed, which saves memory and finds it in the cache.
         at_once = recipe.update == "sgd" and accumulate == 1 and clip_grad_norm is None
         use_onednn = by_onednn(x, compute_dtype)
@@ -183,7 +184,7 @@ def _backward(layers: list[_Layer], tensors: list[Tensor], at_once: bool, use_on
             if grad_weight.dtype is not weight.dtype:
                 grad_weight = grad_weight.to(weight.dtype)
         if layers:  # before the weight changes
-            if use_onednn and onednn.pays(len(x) * weight.numel(), weight.shape[0]):
+            if use_onednn and onednn.pays(x.shape[0] * weight.numel(), weight.shape[0]):
                 tensors.append(onednn.product(grad_output, multiplied.t()))
             else:
                 tensors.append(grad_output.mm(multiplied))

@@ -349,7 +349,7 @@ def _why_parameters_unknown(
     columns = None  # of the next weight: the outputs of the layer before
     for weight, bias in zip(weights, biases, strict=True):
         shape = weight.shape
-        fits = len(shape) == 2 and columns in (None, shape[1])
+        fits = len(shape) == 2 and (columns is None or shape[1] == columns)
         if not fits or (bias is not None and bias.shape != (shape[0],)):
             return "The shapes of the layers do not fit."
         columns = shape[0]

@@ -100,11 +100,11 @@ class TwoLaunches:
         steps change nothing and their losses are NaN.
         """
         self.settle(wait=False)
-        losses = torch.empty(1, device=x.device)
-        job = self._job(recipe, x, None, y, losses, len(x))
+        rows, losses = x.shape[0], torch.empty(1, device=x.device)
+        job = self._job(recipe, x, None, y, losses, rows)
         _kernels().refresh_low_precision(job.parameters)
         try:
-            _kernels().train_step(job, 0, len(x), 0, number=number)
+            _kernels().train_step(job, 0, rows, 0, number=number)
         except predicate.kernels().KernelFailed as failure:
             self._close(failure)
             return None
