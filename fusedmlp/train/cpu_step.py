@@ -1,6 +1,6 @@
 """The training step of an MLP on a CPU without autograd: each formula is one or two ATen calls.
 
-In order, for layers ``z = x @ W.T + b`` with a ReLU between them:
+A step does, for layers ``z = x @ W.T + b`` with a ReLU between them:
 
     forward    each layer's input x is kept
     loss       and its gradient with respect to the last z
@@ -43,7 +43,7 @@ _Layer = tuple[Tensor, Tensor | None, Tensor, _Options, _Options | None]
 
 
 def why_not(recipe: Recipe, x: Tensor, y: Tensor, accumulating: bool) -> str | None:
-    """Why :func:`run` would not do for this batch what PyTorch's loop does, or None if it would.
+    """Why :func:`run` cannot replace PyTorch's loop for this batch, or None if it can.
 
     accumulating: gradients of earlier calls wait in ``.grad``.
     """

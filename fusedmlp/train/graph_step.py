@@ -35,7 +35,7 @@ Update = Callable[[], None]  # clips the gradients in .grad and steps the optimi
 
 
 def why_not(model: torch.nn.Module, loss_fn: Any, optimizer: Optimizer, x: Tensor, y: Tensor) -> str | None:
-    """Why a replay would leave out something that a step with this batch does, or None if it would not."""
+    """Why replaying a step with this batch would leave something out, or None if it would not."""
     if type(x) is not Tensor or type(y) is not Tensor or y.device != x.device:
         return "The batch x, y is not plain tensors on one device."
     if x.requires_grad or y.requires_grad:
@@ -145,7 +145,7 @@ class Graph:
             self.optimizer.zero_grad(set_to_none=True)  # gradients that backward made have lost their memory
             raise
         self.grads = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
-        # The tensors that a replay writes to. A fused optimizer raises no versions; its tensors are added.
+        # The tensors that a replay writes to. A fused optimizer raises no versions, so its tensors are added.
         self.written = [tensor for tensor, version in known if tensor._version != version]
         self.written += [grad for _, grad in self.grads if not grad.is_inference()]
         if self.with_update:

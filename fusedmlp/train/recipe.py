@@ -261,7 +261,7 @@ _FORWARDS: dict[type[Module], Any] = nn._FORWARDS | {
 
 
 def _layers_of(model: Module) -> tuple[bool, list[Parameter], list[Parameter | None]] | str:
-    """Whether a Flatten comes first, the weights and the biases; or why the model has no recipe."""
+    """``(True if a Flatten comes first, weights, biases)``, or why the model has no recipe."""
     if _has_any_global_hook() or Module.__call__ is not nn._MODULE_CALL:
         return "A global hook of modules is registered, or Module.__call__ was replaced."
     if type(model) not in _CONTAINERS and type(model) not in nn._LINEARS:
@@ -346,7 +346,7 @@ def _why_parameters_unknown(
                 return "A parameter has a hook."
     if not all(map(_is_contiguous, parameters)):
         return "A parameter is not contiguous in memory."
-    columns = None  # of the next weight: the outputs of the layer before
+    columns = None  # that the next weight must have: the outputs of the layer before it
     for weight, bias in zip(weights, biases, strict=True):
         shape = weight.shape
         fits = len(shape) == 2 and (columns is None or shape[1] == columns)

@@ -1,4 +1,4 @@
-"""An MLP's training step in two launches of kernels, on the optimizer's own state.
+"""An MLP's training step in two kernel launches, which update the optimizer's own state.
 
     refresh   the low-precision weights, if the products are not float32
     launch 1  by rows: forward, loss and backward to the gradient of each layer's output
@@ -83,13 +83,13 @@ class TwoLaunches:
         self._order = self._losses = torch.empty(0)
         # For each number of steps: coefficients on the device, and those on the CPU that were copied there.
         self._coefficients: dict[int, tuple[Tensor, Tensor]] = {}
-        self._ran: Any = None  # the key of the last epoch that was launched, so that it may now be captured
+        self._ran: Any = None  # what the last epoch that was launched had compiled; the same may be captured
         self._captured: tuple[Any, torch.cuda.CUDAGraph] | None = None  # an epoch's key and its graph
         self._no_graph: str | None = None  # why a capture failed, if one has
         self._labels = wrong_labels.Labels()
 
     def why_no_replay(self) -> str | None:
-        """None if an epoch may become a CUDA graph, else the reason."""
+        """Why an epoch must not become a CUDA graph, or None."""
         return self._no_graph or cuda_graph.why_not_capture()
 
     def step(self, recipe: Recipe, x: Tensor, y: Tensor, number: int) -> Tensor | None:
@@ -156,7 +156,7 @@ class TwoLaunches:
 
         replay = images.is_cuda and compiled == self._ran and self.why_no_replay() is None
         if replay and (self._captured is None or self._captured[0] != key):
-            self._captured = None  # so that the memory of the graph before is free for this one
+            self._captured = None  # frees the old graph's memory for the new one
             graph = self._capture(launch_all, images.device)
             self._captured = None if graph is None else (key, graph)
         if replay and self._captured is not None:
