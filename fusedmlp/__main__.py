@@ -34,13 +34,12 @@ def versions() -> str:
 
 
 def devices() -> str:
-    lines = []
-    for i in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(i)
-        lines.append(
-            f"cuda:{i} {card.name}, compute capability {card.major}.{card.minor}, "
-            f"{card.multi_processor_count} multiprocessors, {card.total_memory / 2**30:.0f} GiB"
-        )
+    cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    lines = [
+        f"cuda:{i} {card.name}, compute capability {card.major}.{card.minor}, "
+        f"{card.multi_processor_count} multiprocessors, {card.total_memory / 2**30:.0f} GiB"
+        for i, card in enumerate(cards)
+    ]
     return "\n".join(lines) or f"no CUDA device; CPU with {torch.get_num_threads()} threads for torch"
 
 
@@ -54,30 +53,20 @@ def main() -> int:
         epilog="Example: python -m fusedmlp --mlp 784,256,128,10 --batch 512 --dtype bf16. Without a GPU, "
         "TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, which is slow: choose small widths.",
     )
-    parser.add_argument(
-        "--mlp",
-        nargs="+",
-        default=["784,256,128,10"],
-        metavar="WIDTHS",
-        help="features of the input, of each hidden layer and of the output, separated by commas or spaces "
-        "(default: 784,256,128,10)",
+    mlp_help = (
+        "features of the input, of each hidden layer and of the output, separated by commas or spaces "
+        "(default: 784,256,128,10)"
     )
+    parser.add_argument("--mlp", nargs="+", default=["784,256,128,10"], metavar="WIDTHS", help=mlp_help)
     parser.add_argument("--batch", type=int, default=128, help="rows of the input (default: %(default)s)")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="fp32",
-        metavar="DTYPE",
-        help="fp32, bf16 or fp16 (default: %(default)s)",
-    )
+    dtype_help = "fp32, bf16 or fp16 (default: %(default)s)"
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", metavar="DTYPE", help=dtype_help)
     parser.add_argument("--device", help="for example cuda:1 (default: cuda if there is a GPU, else cpu)")
-    parser.add_argument(
-        "--report",
-        type=pathlib.Path,
-        metavar="FILE",
-        help="also write everything to FILE, with the driver, the settings and the traceback of an error: "
-        "attach this file to a bug report",
+    report_help = (
+        "also write everything to FILE, with the driver, the settings and the traceback of an error: "
+        "attach this file to a bug report"
     )
+    parser.add_argument("--report", type=pathlib.Path, metavar="FILE", help=report_help)
     subparsers = parser.add_subparsers(title="other commands", metavar="tune")
     tune.add_parser(subparsers, DTYPES)
     options = parser.parse_args()
@@ -104,7 +93,10 @@ def main() -> int:
 
 
 def check(widths: list[int], batch: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Print what is installed, what runs for this MLP, and whether it is accurate: 0 if it is, else 1."""
+    """Print the installed versions, what runs for this MLP, and whether it is accurate.
+
+    Returns the exit status: 0 if it is accurate, else 1.
+    """
     print(f"{versions()}\n{devices()}\n")
     torch.manual_seed(0)
     model = nn.MLP(widths[0], widths[1:-1], widths[-1], device=device, dtype=dtype)

@@ -4,23 +4,18 @@ import importlib.abc
 import importlib.util
 import pathlib
 import sys
-from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from typing import Any
 
 _PACKAGE = pathlib.Path(__file__).parent
 _KERNELS = _PACKAGE.parent / "kernels"
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, *_: Any) -> ModuleSpec | None:
         if fullname != "fusedmlp.kernels":
             return None
-        return importlib.util.spec_from_file_location(
-            fullname, _KERNELS / "__init__.py", submodule_search_locations=[str(_KERNELS)]
-        )
+        return importlib.util.spec_from_file_location(fullname, _KERNELS / "__init__.py")
 
 
 def install() -> None:

@@ -1,4 +1,4 @@
-"""All of ``torch.nn``, with ``Linear`` and ``Sequential`` replaced by fused ones, and two layers more.
+"""All of ``torch.nn``, with fused ``Linear`` and ``Sequential``, and the new ``LinearReLU`` and ``MLP``.
 
     from fusedmlp import nn  # instead of: from torch import nn
 
@@ -25,7 +25,7 @@ from fusedmlp.torch_tools.patched import CALL_IMPL, LINEAR_FORWARD, SEQUENTIAL_F
 _same_modules.install()
 __path__ = []  # the .pyi files in this folder are for type checkers; there is no module to import
 
-# By name, as small calls ask.
+# Global names, which small calls read faster than attributes.
 _MODULE, _TORCHS_LINEAR, _TORCHS_SEQUENTIAL = torch.nn.Module, torch.nn.Linear, torch.nn.Sequential
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 

@@ -7,15 +7,15 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 _OURS, _TORCHS = "fusedmlp.nn.", "torch.nn."
 
 
 def install() -> None:
-    """Let Python's import find them. Another call changes nothing."""
+    """Let Python's import find these modules. Further calls change nothing."""
     if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
         # Before Python's own finder, which would load copies of torch's files: it finds their folders in the
         # __path__ of a shared package.
@@ -24,10 +24,10 @@ def install() -> None:
 
 
 def _share_loaded() -> None:
-    """Enter all that torch has loaded under our name, so that Python's import finds it loaded.
+    """Enter every module that torch has loaded in ``sys.modules`` under our name too.
 
-    Loading it by our name would also set it as an attribute of its package, and so replace the function
-    ``torch.nn.utils.weight_norm`` by the module of that name.
+    If Python's import loaded it by our name, it would also set it as an attribute of its package, and so
+    replace the function ``torch.nn.utils.weight_norm`` by the module of that name.
     """
     for name, module in list(sys.modules.items()):
         loading = getattr(getattr(module, "__spec__", None), "_initializing", False)  # in another thread
@@ -36,11 +36,9 @@ def _share_loaded() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Loads by torch's name what torch has not loaded yet."""
+    """Loads the modules that torch has not loaded yet, by torch's names."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, *_: Any) -> ModuleSpec | None:
         if not fullname.startswith(_OURS):
             return None
         torchs = importlib.util.find_spec(_TORCHS + fullname.removeprefix(_OURS))

@@ -38,23 +38,22 @@ from fusedmlp.tuning.subjects import Chain, LayerProduct, why_not_accurate
 
 
 class Tuning:
-    """One call of ``tune``: its device and arithmetic, its results, and the table that they are added to."""
+    """One call of ``tune``: its device and dtype, its results, and the table to which they are added."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, final_relu: bool) -> None:
         self.kernels = predicate.kernels()
         self.tuning_table = self.kernels.tuning_table
         self.device, self.dtype, self.final_relu = device, dtype, final_relu
-        self.like = {"device": device, "dtype": dtype}
         self.index = device.index if device.type == "cuda" else None
         self.here = self.tuning_table.where(self.index)
         self.kind = self.kernels.arithmetic(dtype)
         self.path: pathlib.Path = self.tuning_table.users_file(self.here)
-        self.found = self._on_disk()  # the table so far: what the file holds, and this call's results
+        self.found = self._on_disk()  # the entries of the file, and this call's results
         self.results: list[Product | Stretch] = []
-        self.left_out: list[str] = []  # what was not measured, and why
+        self.left_out: list[str] = []  # names what was not measured, and says why
 
     def run(self, shapes: Iterable[tuple[int, ...]], seconds: float) -> Tuned:
-        """Measure what the table does not have yet; begin nothing after ``seconds``."""
+        """Measure the shapes that are not in the table yet. No new measurement begins after ``seconds``."""
         end = time.monotonic() + seconds
         with contextlib.suppress(ImportError):  # show a progress bar if tqdm is installed
             from tqdm import tqdm
@@ -63,12 +62,10 @@ class Tuning:
         try:
             for shape in shapes:
                 what = f"{shape[0]} x {'-'.join(map(str, shape[1:]))}"
-                if time.monotonic() > end:
-                    self.left_out.append(f"{what}: the {seconds:g} seconds were over")
-                    continue
                 try:
                     if not self._measure(shape[0], shape[1:], end):
-                        self.left_out.append(f"part of {what}: the {seconds:g} seconds were over")
+                        over = f"the {seconds:g} seconds were over before all of it was measured"
+                        self.left_out.append(f"{what}: {over}")
                 except torch.OutOfMemoryError:
                     self.left_out.append(f"{what}: not enough memory")
                     torch.cuda.empty_cache()
@@ -81,7 +78,7 @@ class Tuning:
         return Tuned(self.here.device, dtype, products, chains, tuple(self.left_out), str(self.path))
 
     def _measure(self, rows: int, widths: tuple[int, ...], end: float) -> bool:
-        """Measure what the table lacks of this shape; False if there was no time for all of it."""
+        """Add the missing measurements of this shape to the table; return False if time ran out before."""
         layers = list(itertools.pairwise(widths))
         tasks: list[Any] = [
             (self.found.products, f"{K} -> {N}", operation, (N, K), self._product)
@@ -110,19 +107,24 @@ class Tuning:
         return True
 
     def _product(self, operation: str, M: int, N: int, K: int) -> tuple[Product, Any]:
-        """Check and time one product with every tile: the result, and the table's entry, None if all fail."""
-        one = LayerProduct(operation, M, N, K, self.like)
+        """Check and time one product with every tile.
+
+        Returns the result, and the entry for the table or None if no tile is accurate.
+        """
+        one = LayerProduct(operation, M, N, K, device=self.device, dtype=self.dtype)
         torchs, exact = one.by_torch(), one.by_torch(in_float64=True)
-        samples = {None: timing.on_device(one.by_torch, self.device)}  # by tile, or None for PyTorch
+        samples = {
+            None: timing.on_device(one.by_torch, self.device)
+        }  # the key is a tile, or None for PyTorch
         problems = []
         for tile in self.kernels.tiles.candidates(self.kind, one.aligned):
             run = functools.partial(one.by_kernel, tile)
-            problem = why_not_accurate(run, torchs, exact)
-            if problem is None:
-                try:
+            try:
+                problem = why_not_accurate(run, torchs, exact)
+                if problem is None:
                     samples[tile] = timing.on_device(run, self.device)
-                except cuda_graph.CaptureFailed as failure:
-                    problem = f"not timed: {failure}"
+            except cuda_graph.CaptureFailed as failure:
+                problem = f"not timed: {failure}"
             if problem is not None:
                 problems.append(f"{_words(tile)}: {problem}")
         times = timing.medians(samples, self.device)
@@ -137,16 +139,16 @@ class Tuning:
     def _chain(self, mode: str, M: int, widths: tuple[int, ...], relu: bool) -> tuple[Stretch, Any]:
         """Time a chain on eager PyTorch and on the kernels, with one launch per layer and with one for all.
 
-        Returns the result and the table's entry.
+        Returns the result and the entry for the table.
         """
-        chain = Chain(M, widths, relu, mode == "training", self.like)
+        chain = Chain(M, widths, relu, mode == "training", device=self.device, dtype=self.dtype)
         ours = functools.partial(chain.call, backend_choice.measuring)
         torchs = functools.partial(chain.call, lambda: backend_choice.backend("torch"))
         key = mode, self.kind, self.tuning_table.bucket(M), widths, relu
         found = []
         problem = None
         for in_one in (False, True) if self._fits_in_one(M, widths) else (False,):
-            # The kernels follow the table: the products measured so far, and the number of launches to try.
+            # The kernels follow this table: the products measured so far, and whether to use one launch.
             entry = self.tuning_table.Stretch(math.inf, math.inf, in_one, "")
             self.tuning_table.agree(self.index, self.found.joined(self.tuning_table.Table({}, {key: entry})))
             if in_one:
@@ -161,27 +163,24 @@ class Tuning:
 
     def _fits_in_one(self, M: int, widths: tuple[int, ...]) -> bool:
         """Whether there is a kernel that computes all of these layers in one launch."""
-        launch, narrow = self.kernels.launch, self.kernels.narrow.forward
+        launch, select_form = self.kernels.launch, self.kernels.narrow.forward.select_form
         aligned = all(map(launch.is_aligned, widths))
         num_sms = launch.device_limits(self.index).num_sms
-        return (
-            len(widths) > 2 and narrow.select_form(M, widths, self.kind, aligned, True, num_sms) is not None
-        )
+        return len(widths) > 2 and select_form(M, widths, self.kind, aligned, True, num_sms) is not None
 
     def _on_disk(self) -> Any:
-        """The table in the file, empty if there is none; RuntimeError if a later version wrote it."""
+        """The table in the file, empty if there is none. Raises RuntimeError if a later version wrote it."""
         try:
             text = self.path.read_text(encoding="utf-8")
             return self.tuning_table.parse(text, self.here, exact=True)[0]
         except self.tuning_table.NewerFormat as problem:
-            raise RuntimeError(
-                f"the table {self.path} {problem}: update fusedmlp, or delete the file"
-            ) from None
+            what_to_do = "update fusedmlp, or delete the file"
+            raise RuntimeError(f"the table {self.path} {problem}: {what_to_do}") from None
         except (OSError, UnicodeDecodeError, self.tuning_table.Unusable):
             return self.tuning_table.Table()
 
     def _save(self) -> None:
-        """Add the results to the file. Other processes may do so too; a reader never sees half a file."""
+        """Add the results to the file. Other processes may do so too, and no reader sees half a file."""
         from filelock import FileLock  # torch requires it
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,20 +189,18 @@ class Tuning:
             if self.tuning_table.read(self.path, self.here, exact=True) is None and self.path.exists():
                 os.replace(self.path, self.path.with_suffix(".bad"))  # read() has warned and said why
             unfinished = self.path.with_suffix(".tmp")
-            text = self.tuning_table.to_text(self.here, _about(self.device), self.found)
+            text = self.tuning_table.to_text(self.here, _about(), self.found)
             unfinished.write_text(text, encoding="utf-8")
             os.replace(unfinished, self.path)
 
 
-def _about(device: torch.device) -> dict[str, str]:
+def _about() -> dict[str, str]:
     """The versions and the date that the file records."""
-    driver = "none"
-    if device.type == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-        try:
-            driver = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            driver = "unknown"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        driver = "unknown"
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return {"torch": torch.__version__, "driver": driver, "fusedmlp": __version__, "date": today}
 

@@ -1,4 +1,4 @@
-"""What ``tune`` found, as plain data and as a table for a terminal."""
+"""The result of ``tune``, as plain data and as a table for a terminal."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -9,8 +9,8 @@ _HEAD = f"{'kernels us':>11}{'PyTorch us':>11}{'ratio':>7}"
 class Product(NamedTuple):
     """One product of a layer ``weight (N, K)`` with ``rows`` rows.
 
-    tile, us: our fastest tile and its microseconds, None if no tile is accurate; problem: what is wrong with
-    the tiles that were left out.
+    tile, us: our fastest tile and its microseconds, None if no tile is accurate. problem: says which tiles
+    were left out, and why.
     """
 
     operation: str
@@ -26,8 +26,8 @@ class Product(NamedTuple):
 class Stretch(NamedTuple):
     """A chain of layers as a whole, with launching; mode: "inference" or "training".
 
-    in_one: one launch for all layers was faster than one launch per layer; problem: why one launch for all
-    was left out.
+    in_one: True if one launch for all layers was faster than one launch per layer. problem: says why one
+    launch for all was left out.
     """
 
     mode: str
@@ -42,11 +42,11 @@ class Stretch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What :func:`tune` measured. ``str()`` makes a table for a terminal, ``to_dict()`` plain data.
+    """The measurements of :func:`tune`. ``str()`` makes a table for a terminal, ``to_dict()`` plain data.
 
     products, stretches: the products of single layers, and whole chains of layers, in microseconds;
-    ``torch_us`` is eager PyTorch's time. left_out: what there was no time or memory for, or what failed, and
-    why. path: the file of the table.
+    ``torch_us`` is eager PyTorch's time. left_out: says what was not measured, and why: there was no time or
+    memory for it, or it failed. path: the file of the table.
 
     >>> fusedmlp.tune([(4096, 784, 256)]).products[0].tile
     '128x128x64, 8 warps'
@@ -83,8 +83,8 @@ class Tuned:
             lines.append(f"{what:<34}{_row(s.us, s.torch_us)}{'  in one launch' if s.in_one else ''}")
             lines += [f"    in one launch: {s.problem}"] if s.problem else []
         if not self.products and not self.stretches:
-            lines.append("All of this is in the table already; delete the file to measure it again.")
-        lines += ["", "ratio: PyTorch's time divided by ours. backend('auto') takes the faster one."]
+            lines.append("All of this is in the table already. Delete the file to measure it again.")
+        lines += ["", "ratio: PyTorch's time divided by ours. backend('auto') chooses the faster one."]
         lines += [f"left out: {what}" for what in self.left_out]
         return "\n".join([*lines, f"saved in {self.path}"])
 

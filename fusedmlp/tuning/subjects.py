@@ -1,6 +1,6 @@
-"""What ``tune`` measures, on random numbers: one product of a layer, and a chain of layers.
+"""The two computations that ``tune`` times, on random numbers: one product of a layer, and a chain of layers.
 
-Our kernels and PyTorch compute the same, and so does float64: inaccurate results are found before timing.
+Both run on our kernels, on PyTorch and in float64, so that inaccurate results are found before timing.
 """
 
 import functools
@@ -27,7 +27,7 @@ class LayerProduct:
     ``grad_z.T @ x``.
     """
 
-    def __init__(self, operation: str, M: int, N: int, K: int, like: dict[str, Any]) -> None:
+    def __init__(self, operation: str, M: int, N: int, K: int, **like: Any) -> None:
         self.operation, self.kernels = operation, predicate.kernels()
         # Weights and gradients are as small as in a real network, so float16 results stay finite.
         self.x, self.weight = torch.randn(M, K, **like), torch.randn(N, K, **like) / K**0.5
@@ -51,23 +51,20 @@ class LayerProduct:
         return tuple(result)
 
     def by_torch(self, in_float64: bool = False) -> Results:
-        """PyTorch's matmul. After that of "grad_input" our kernel masks and sums, as in a real call."""
-
-        def cast(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.double() if in_float64 else tensor
-
+        """PyTorch's product. After "grad_input" our relu_backward masks and sums, as in a real call."""
+        tensors = self.x, self.weight, self.bias, self.grad_z
+        x, weight, bias, grad_z = (t.double() for t in tensors) if in_float64 else tensors
         if self.operation == "forward":
-            return (reference.linear_forward(cast(self.x), cast(self.weight), cast(self.bias), True),)
+            return (reference.linear_forward(x, weight, bias, True),)
         if self.operation == "grad_weight":
-            return (cast(self.grad_z).t() @ cast(self.x),)
-        product = cast(self.grad_z) @ cast(self.weight)
+            return (grad_z.t() @ x,)
+        product = grad_z @ weight
         if in_float64:
             masked = product.masked_fill_(self.y <= 0, 0)
             return masked, masked.sum(0)
         sums: list[Any] = []
-        result = self.kernels.layer.relu_backward.relu_backward(
-            product, self.y, True, self.setting, sums, True
-        )
+        relu_backward = self.kernels.layer.relu_backward.relu_backward
+        result = relu_backward(product, self.y, True, self.setting, sums, True)
         self.kernels.partial_sums.add_up(sums)
         return tuple(result)
 
@@ -78,9 +75,7 @@ class Chain:
     training: forward and backward with all gradients, otherwise the forward only.
     """
 
-    def __init__(
-        self, M: int, widths: tuple[int, ...], relu: bool, training: bool, like: dict[str, Any]
-    ) -> None:
+    def __init__(self, M: int, widths: tuple[int, ...], relu: bool, training: bool, **like: Any) -> None:
         layers = list(itertools.pairwise(widths))
         self.x = torch.randn(M, widths[0], **like)
         self.weights = [torch.randn(N, K, **like) / K**0.5 for K, N in layers]
@@ -92,7 +87,7 @@ class Chain:
         self.relu, self.training = relu, training
 
     def call(self, backend: Callable[[], AbstractContextManager[None]]) -> None:
-        """Compute it as a model does, on this backend."""
+        """Run the chain as a model does, on this backend."""
         with backend():
             y = functional.mlp(self.x, self.weights, self.biases, final_relu=self.relu)
             if self.training:
@@ -100,7 +95,7 @@ class Chain:
 
     @torch.no_grad()
     def why_not_accurate(self) -> str | None:
-        """None if the kernels that the table names now are accurate, otherwise the problem.
+        """None if the kernels that the present table selects are accurate, otherwise the problem.
 
         The backward is checked on its own, with PyTorch's activations.
         """
@@ -128,7 +123,7 @@ class Chain:
 
 
 def why_not_accurate(run: Callable[[], Results], torchs: Results, exact: Results) -> str | None:
-    """None if the results of ``run`` are as accurate as ``accuracy.compare`` asks, otherwise the problem."""
+    """None if ``accuracy.compare`` accepts the results of ``run``, otherwise the problem."""
     try:
         results = run()
     except torch.OutOfMemoryError:

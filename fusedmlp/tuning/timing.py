@@ -1,4 +1,4 @@
-"""How long a computation takes: on the device alone, and with launching, as a program calls it."""
+"""Time a computation on the device alone, or with launching, as a program calls it."""
 
 import functools
 import statistics
@@ -29,7 +29,7 @@ def on_device(run: Run, device: torch.device) -> Callable[[], float]:
 
 
 def wall_times(runs: dict[str, Any], device: torch.device) -> dict[str, float]:
-    """Microseconds of each run with launching, called back to back as a program calls layers."""
+    """Microseconds of each run with launching, in calls back to back as in a program."""
     samples: dict[str, Callable[[], float]] = {}
     for name, run in runs.items():
         calls = 1
@@ -41,7 +41,7 @@ def wall_times(runs: dict[str, Any], device: torch.device) -> dict[str, float]:
 
 
 def medians(samples: dict[Any, Callable[[], float]], device: torch.device) -> dict[Any, float]:
-    """The median of five samples of each, taken in turns; of one on a CPU, where times mean nothing."""
+    """The median of five samples of each, taken in turns. On a CPU, where times mean nothing, one sample."""
     rounds = range(1 if device.type == "cpu" else 5)
     times = [[sample() for sample in samples.values()] for _ in rounds]
     return dict(zip(samples, map(statistics.median, zip(*times, strict=True)), strict=True))

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 
 from fusedmlp import functional
-from fusedmlp.dispatch import backend_choice, predicate
+from fusedmlp.dispatch import autocast, backend_choice, predicate
 from fusedmlp.tuning.measure import Tuning
 from fusedmlp.tuning.result import Tuned
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def tune(
@@ -31,11 +29,11 @@ def tune(
 
     Every product of a layer is computed with every tile, checked against float64, and timed beside PyTorch;
     then the chain as a whole, and each of its layers. ``fusedmlp/tuning/measure.py`` lists the steps. The
-    results are kept in a JSON file in the platform's cache folder, written after each shape; what it holds
-    already is not measured again.
+    results are kept in a JSON file in the platform's cache folder, which is written after each shape. What is
+    in this file already is not measured again.
 
-    In a distributed job call it on every rank after ``init_process_group``: rank 0 measures, and all ranks
-    use its table. Without this call they use no table of the user's, because the files may differ.
+    In a distributed job, call it on every rank after ``init_process_group``: rank 0 measures, and all ranks
+    use its table. Without this call no rank uses the user's table, because the ranks' files may differ.
 
     Raises RuntimeError where the kernels cannot run, during CUDA graph capture or compilation, and for a
     table written by a later version; ValueError and TypeError for wrong shapes and dtypes.
@@ -44,25 +42,23 @@ def tune(
     NVIDIA H100 80GB HBM3, bfloat16 ...
     """
     wanted = _checked(shapes)
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    if dtype not in autocast.DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, autocast.DTYPES))}, got {dtype}")
     if not seconds > 0:
         raise ValueError(f"seconds must be positive, got {seconds}")
     if torch.compiler.is_compiling():
         raise RuntimeError("tune cannot be compiled: call it before the model runs")
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tune cannot run during CUDA graph capture: call it before")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     probe = torch.ones(1, 1, device=where, dtype=dtype)
     with backend_choice.backend("triton"):
         reason = functional.why_not_fused(probe, probe)
     if reason is not None:
         raise RuntimeError(f"tune cannot run here. {reason}")
     if predicate.kernels().tuning_table.in_a_distributed_job():
-        return _on_rank_0(where, dtype, final_relu, wanted, seconds)
-    return Tuning(where, dtype, final_relu).run(wanted, seconds)
+        return _on_rank_0(probe.device, dtype, final_relu, wanted, seconds)
+    return Tuning(probe.device, dtype, final_relu).run(wanted, seconds)
 
 
 def _on_rank_0(
@@ -81,7 +77,7 @@ def _on_rank_0(
     except BaseException as error:
         message = [f"{type(error).__name__}: {error}"]
         raise
-    finally:  # even after an error, because the other ranks wait for this message
+    finally:  # also after an error, because the other ranks wait for this message
         distributed.broadcast_object_list(message, src=0)
     if isinstance(message[0], str):
         raise RuntimeError(f"tune failed on rank 0: {message[0]}")
@@ -95,7 +91,7 @@ def _on_rank_0(
 
 
 def _checked(shapes: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
-    wanted: dict[tuple[int, ...], None] = {}
+    wanted = []
     for shape in shapes:
         if isinstance(shape, int):
             raise TypeError("shapes is a list of shapes: [(rows, in, out)]")
@@ -104,10 +100,10 @@ def _checked(shapes: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
             raise TypeError(f"a shape is (rows, in, hidden ..., out) in whole numbers, got {sizes}")
         if len(sizes) < 3 or min(sizes) < 1:
             raise ValueError(f"a shape is (rows, in, hidden ..., out), each at least 1, got {sizes}")
-        wanted[sizes] = None
+        wanted.append(sizes)
     if not wanted:
         raise ValueError("shapes is empty: give at least one (rows, in, hidden ..., out)")
-    return list(wanted)
+    return wanted
 
 
 def add_parser(subparsers: Any, dtypes: dict[str, torch.dtype]) -> None:
@@ -117,7 +113,7 @@ def add_parser(subparsers: Any, dtypes: dict[str, torch.dtype]) -> None:
         help="measure chains of layers on this device, and choose by the results",
         description="Measure chains of layers on this device: each product with every tile and with "
         "PyTorch's operator, and each chain as a whole. The results are kept in the platform's cache folder, "
-        "and every later run on this device uses them. What is there already is not measured again.",
+        "and every later run on this device uses them. What was measured before is not measured again.",
         epilog="example: python -m fusedmlp tune 4096,784,256,128,10 65536,256,256 --dtype bf16",
     )
     shapes_help = "the batch size and the widths of a chain of layers, separated by commas"
@@ -132,11 +128,10 @@ def add_parser(subparsers: Any, dtypes: dict[str, torch.dtype]) -> None:
     def run(options: argparse.Namespace) -> int:
         try:
             shapes = [tuple(int(size) for size in shape.split(",")) for shape in options.shapes]
-            dtype, relu, device = dtypes[options.dtype], options.final_relu, options.device
-            tuned = tune(shapes, dtype, options.seconds, final_relu=relu, device=device)
+            named = {"final_relu": options.final_relu, "device": options.device}
+            print(tune(shapes, dtypes[options.dtype], options.seconds, **named))
         except (ValueError, RuntimeError) as refusal:
             parser.error(str(refusal).splitlines()[0])
-        print(tuned)
         return 0
 
     parser.set_defaults(run=run)
