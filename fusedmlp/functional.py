@@ -1,4 +1,4 @@
-"""Linear, Linear+ReLU and whole chains of them as functions: ``torch.nn.functional``'s, fused."""
+"""Linear, Linear+ReLU and whole chains of layers as functions, fused where the kernels run."""
 
 from collections.abc import Sequence
 
@@ -59,13 +59,13 @@ def mlp(
 ) -> torch.Tensor:
     """Linear, ReLU, Linear, ReLU, ..., Linear, and with ``final_relu`` a last ReLU, as one operation.
 
-    x ``(..., K)``; weights ``(N, K)`` each, the K of one the N of the one before; biases ``(N,)`` or None for
-    each weight; of one dtype on one device. Returns ``(..., N)`` of the last. Raises ValueError unless there
-    is one bias or None for each of at least one weight, TypeError for what is no list, and else what
-    :func:`linear` raises.
+    x ``(..., K)``; weights ``(N, K)``, where each K is the N of the layer before; for each weight a bias
+    ``(N,)`` or None. All have one dtype and one device. Returns ``(..., N)`` with the N of the last layer.
+    Raises ValueError unless there is at least one weight, and one bias or None for each; TypeError if weights
+    or biases is not a list; otherwise what :func:`linear` raises.
 
-    In the backward the ReLU's mask and the bias gradient of a hidden layer are computed in the product that
-    makes its gradient, so that no pass over the activations is left.
+    In the backward, the product that makes a hidden layer's gradient also applies the ReLU's mask and sums
+    the bias gradient, so that no separate pass over the activations is needed.
 
     >>> mlp(torch.randn(8, 4), [torch.randn(3, 4), torch.randn(2, 3)], [torch.randn(3), None]).shape
     torch.Size([8, 2])
@@ -85,30 +85,27 @@ def mlp(
             return fused_mlp(x, weights, biases, final_relu)
         return onednn.mlp_forward(x, weights, biases, final_relu)
     except RuntimeError as error:
-        shape = tuple(x.shape)
         for weight, bias in zip(weights, biases, strict=True):
-            _raise_clearer(error, x, weight, bias, shape)
-            shape = (*shape[:-1], *weight.shape[:1])  # no mistake in this layer: the next one's input
+            _raise_clearer(error, x, weight, bias)
+            # This layer has no mistake. The next one's input has this shape, and needs no memory here.
+            one = torch.empty((), dtype=x.dtype, device=x.device)
+            x = one.expand(*x.shape[:-1], *weight.shape[:1])
         raise
 
 
 def _raise_clearer(
-    error: RuntimeError,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    shape: tuple[int, ...] | None = None,
+    error: RuntimeError, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
-    """Raise the same type of error with the caller's mistake in words, if there is one that it does not name.
+    """Raise the same type of error with the caller's mistake in words, if torch's message does not name it.
 
     torch's own sentence stays in the message, so that code and tests that match on it go on working.
     """
-    if type(error) is not RuntimeError or torch.compiler.is_compiling():  # out of memory, for one
+    if type(error) is not RuntimeError or torch.compiler.is_compiling():  # not out of memory, for example
         return
-    problem = _mistake(input, weight, bias, shape)
+    problem = _mistake(input, weight, bias)
     sentence: str | None = str(error)
-    if forced():  # the error is our refusal: torch has not been asked yet
-        sentence = _torchs_sentence(input, weight, bias, shape)
+    if forced():  # the error is our refusal, and torch has not seen the tensors yet
+        sentence = _torchs_sentence(input, weight, bias)
         if problem is None and sentence is not None:
             problem = str(error)
     if problem is None or (sentence == str(error) and problem in sentence):
@@ -116,29 +113,22 @@ def _raise_clearer(
     raise RuntimeError(problem if sentence is None else f"{problem} (torch: {sentence})") from error
 
 
-def _torchs_sentence(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: tuple[int, ...] | None
-) -> str | None:
-    """What torch raises for this layer, or None if it accepts it."""
+def _torchs_sentence(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    """The message of the RuntimeError that torch raises for this layer, or None if it raises none."""
     try:
         with torch.no_grad():
-            F.linear(input if shape is None else input.new_empty(shape), weight, bias)
+            F.linear(input, weight, bias)
     except Exception as error:
         return str(error) if type(error) is RuntimeError else None
     return None
 
 
-def _mistake(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: tuple[int, ...] | None
-) -> str | None:
-    """The caller's mistake in words, if there is one; asked only after an error.
-
-    shape: of this layer's input, if that is not ``input`` itself but computed from it.
-    """
+def _mistake(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    """The caller's mistake in words, or None. This is called only after an error."""
     tensors = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
     if any(type(t) not in (torch.Tensor, torch.nn.Parameter) or t.is_nested for t in tensors.values()):
         return None
-    shape = tuple(input.shape) if shape is None else shape
+    shape = tuple(input.shape)
     shapes = f"input {shape}, weight {tuple(weight.shape)}"
     shapes += "" if bias is None else f", bias {tuple(bias.shape)}"
     strict = forced()  # then torch may well accept these tensors

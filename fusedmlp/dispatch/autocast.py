@@ -1,10 +1,10 @@
-"""What autocast does to the tensors of a Linear."""
+"""Do to the tensors of a Linear what autocast does to them."""
 
 import torch
 
 from fusedmlp.dispatch.backend_choice import Biases, Weights
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the kernels, and those that autocast casts
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # the kernels take these, and autocast casts them
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -13,7 +13,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def dtype_after_cast(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
-    """The dtype of such a tensor after autocast, which leaves float64 and integers alone."""
+    """The dtype that a tensor of this dtype has after autocast, which leaves float64 and integers alone."""
     return autocast if autocast is not None and dtype in DTYPES else dtype
 
 

@@ -1,4 +1,4 @@
-"""The autograd.Function of a chain on the kernels: what the forward saves for the backward, and why."""
+"""The autograd.Function of a chain on the kernels, which decides what is saved for the backward."""
 
 from typing import Any
 
@@ -10,16 +10,16 @@ from fusedmlp.dispatch.backend_choice import Biases, Weights
 
 
 class FusedMLP(torch.autograd.Function):
-    """Linear, ReLU, Linear, ...; x (M, K), count weights (N, K), count biases (N,) or None: (M, N).
+    """Linear, ReLU, Linear, ...: x (M, K), count weights (N, K), count biases (N,) or None; returns (M, N).
 
-    forced: every product on the kernels, in the backward too, whatever was measured.
-    ``forward`` takes ``ctx``, as with ``setup_context`` a call costs four times as much.
+    forced: every product runs on the kernels, in the backward too, whatever was measured.
+    ``forward`` takes ``ctx``, because with ``setup_context`` a call costs four times as much.
     """
 
     # Example: of three layers with outputs y0, y1, y2 and a ReLU after the last, layer 0 is frozen. Then
-    # lowest is 1, and activations are [None, y0, y1, y2]: number i is the input of layer i and, as an output,
-    # tells where the ReLU of layer i - 1 was active. y2 is not saved without a ReLU after the last layer. Of
-    # the weights only layer 2's is saved, as layer 1 passes no gradient on.
+    # lowest is 1, and activations are [None, y0, y1, y2]. Number i is the input of layer i, and shows where
+    # the ReLU of layer i - 1 was active. y2 is not saved if there is no ReLU after the last layer. Only layer
+    # 2's weight is saved, because layer 1 passes no gradient on.
 
     @staticmethod
     def forward(
@@ -49,7 +49,7 @@ class FusedMLP(torch.autograd.Function):
         first = lowest if need_x else lowest + 1  # the lowest layer whose input needs a gradient
         ctx.save_for_backward(*activations, *[None] * first, *weights[first:])
         # create_graph=True computes the hidden layers again, from inputs of this function. nn.Linear allows
-        # changes of those in place, so they are checked only then. A compiler has no create_graph.
+        # in-place changes of them, so they are checked only in that case. A compiler has no create_graph.
         ctx.only_for_create_graph = []
         if lowest < count - 1 and not is_compiling():
             rest = (None if need_weights[lowest] else start, weights[lowest], *biases[lowest:-1])
@@ -62,7 +62,7 @@ class FusedMLP(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
         final_relu, needs, forced, insist = ctx.settings
         count = len(needs.weights)
-        saved = list(ctx.saved_tensors)  # read once: checkpointing recomputes them at each look
+        saved = list(ctx.saved_tensors)  # read once: checkpointing recomputes them at each access
         activations, weights = saved[: count + 1], saved[count + 1 :]
         compiling = is_compiling()
         if not compiling and torch.is_grad_enabled() and ctx.only_for_create_graph:

@@ -12,7 +12,7 @@ Weights = Sequence[torch.Tensor]  # of a chain, one for each layer
 Biases = Sequence[torch.Tensor | None]
 
 _BACKENDS = ("auto", "triton", "torch")
-MEASURING = "measuring"  # tune's own: the kernels run even where they may not be faster
+MEASURING = "measuring"  # only tune chooses this: the kernels run even where they may not be faster
 
 
 class Run(NamedTuple):
@@ -31,8 +31,8 @@ class _Chosen(threading.local):
 
     def __init__(self) -> None:  # runs in every thread; torch 2.11 would trace defaults in the class
         self.backend: str = "auto"
-        self.note: Callable[[Run], None] | None = None  # explain()'s: called before each chain runs
-        self.quiet = True  # no backend is forced and nothing records, so that nobody needs a reason
+        self.note: Callable[[Run], None] | None = None  # set by explain(): called before each chain runs
+        self.quiet = True  # no backend is forced and nothing records, so that no reason in words is needed
 
 
 chosen = _Chosen()
@@ -47,49 +47,43 @@ def _choose(backend: str, note: Callable[[Run], None] | None) -> None:
 def backend(name: Backend) -> Iterator[None]:
     """Choose what runs inside the ``with`` block, in this thread.
 
-    - ``"auto"``, the default: the Triton kernels where they can run and were measured to be faster, or where
-      nothing was measured, where they should be faster; else PyTorch's operators;
+    - ``"auto"``, the default: the Triton kernels where they can run and are faster, by measurement or, if
+      nothing was measured, by a rule; elsewhere PyTorch's operators;
     - ``"triton"``: the kernels throughout, or a RuntimeError with the reason why they cannot run;
     - ``"torch"``: PyTorch's operators.
 
-    The backward of a layer runs on what its forward ran on. Activation checkpointing runs the forward again
-    during the backward, on a GPU in another thread: give it this context by its ``context_fn``. Under
-    ``torch.compile`` the kernels are operators in the compiler's graph, and the compiler fuses PyTorch's
-    operators itself. Raises ValueError for any other name.
+    The backward of a layer uses the same implementation as its forward. Activation checkpointing runs the
+    forward again during the backward, on a GPU in another thread: pass it this context as ``context_fn``.
+    Under ``torch.compile`` the kernels are operators in the compiler's graph, and the compiler fuses
+    PyTorch's operators itself. Raises ValueError for any other name.
 
     >>> with fusedmlp.backend("torch"):
     ...     y = model(x)
     """
     if name not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {name!r}")
-    with _using(name):
+    with _using(name, chosen.note):
         yield
 
 
 @contextlib.contextmanager
-def _using(name: str) -> Iterator[None]:
-    before = chosen.backend
-    _choose(name, chosen.note)
+def _using(name: str, note: Callable[[Run], None] | None) -> Iterator[None]:
+    before = chosen.backend, chosen.note
+    _choose(name, note)
     try:
         yield
     finally:
-        _choose(before, chosen.note)
+        _choose(*before)
 
 
 def measuring() -> contextlib.AbstractContextManager[None]:
     """Inside, in this thread, chains run as under "auto" where the kernels are known to be faster."""
-    return _using(MEASURING)
+    return _using(MEASURING, chosen.note)
 
 
-@contextlib.contextmanager
-def recorded(note: Callable[[Run], None]) -> Iterator[None]:
-    """Inside, in this thread, ``note`` is called for every chain of layers right before it runs."""
-    before = chosen.note
-    _choose(chosen.backend, note)
-    try:
-        yield
-    finally:
-        _choose(chosen.backend, before)
+def recorded(note: Callable[[Run], None] | None) -> contextlib.AbstractContextManager[None]:
+    """Inside, in this thread, ``note`` (None: nothing) is called right before every chain of layers runs."""
+    return _using(chosen.backend, note)
 
 
 def forced() -> bool:
@@ -98,10 +92,10 @@ def forced() -> bool:
 
 
 def insists() -> bool:
-    """True if a kernel that fails must raise, so that nothing else runs in its place."""
+    """True if a failing kernel must raise, instead of PyTorch's operators running in its place."""
     return chosen.backend in ("triton", MEASURING)
 
 
 def quiet() -> bool:
-    """True if no backend is forced and nothing records, so that nobody needs a reason in words."""
+    """True if no backend is forced and nothing records, so that no reason in words is needed."""
     return chosen.quiet

@@ -1,10 +1,11 @@
-"""A chain on PyTorch's operators, with oneDNN's float32 products where MKL's take twice the time.
+"""Run a chain on PyTorch's operators, with oneDNN's float32 product where it is faster than MKL's.
 
-PyTorch's float32 product is MKL's, which makes no use of AVX-512 on AMD's CPUs; oneDNN's does: 1.15 to 2.6
-times as fast within the limits below, on one thread of an AMD EPYC (Zen 5, torch 2.14.1). On Intel's CPUs it
-is 0.85 to 1.2 times as fast, and not used. oneDNN's product has no gradient. The ReLU is PyTorch's, in place:
-oneDNN's own turns NaN into 0, which is why its fused Linear+ReLU for bfloat16, 1.02 to 1.3 times as fast
-there, is not used.
+PyTorch's float32 product is MKL's, which does not use AVX-512 on AMD's CPUs. oneDNN's does, and is 1.15 to
+2.6 times as fast within the limits below, on one thread of an AMD EPYC (Zen 5, torch 2.14.1). On Intel's CPUs
+it is 0.85 to 1.2 times as fast, and not used. oneDNN's product has no gradient.
+
+The ReLU is PyTorch's, in place, because oneDNN's ReLU turns NaN into 0. For this reason oneDNN's fused
+Linear+ReLU for bfloat16, which is 1.02 to 1.3 times as fast there, is not used.
 """
 
 import functools
@@ -24,9 +25,9 @@ from fusedmlp.torch_tools.patched import why_patched
 _Tensor, _tracing_state = torch.Tensor, torch._C._get_tracing_state  # by name, as small calls ask
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _LEAST_PRODUCTS = 2_000_000  # multiplications per thread: below, its 10 us a call are more than it saves
-_LEAST_ROWS = 8  # below, both wait for the weight to come from memory
-_LEAST_INPUTS = 2048  # below, nothing else is asked: at batch 1 that would be a tenth of the call
-# It adds up longer runs of terms than MKL: for 1024 terms the error is 1.6 times MKL's in RMS, for 2048 2.2.
+_LEAST_ROWS = 8  # with fewer, both wait for the weight to come from memory
+_LEAST_INPUTS = 2048  # with fewer, nothing else is checked: at batch 1 that would be a tenth of the call
+# oneDNN adds up longer runs of terms than MKL: its RMS error is 1.6 times MKL's for 1024 terms, 2.2 for 2048.
 MOST_TERMS = 1024
 
 
@@ -45,7 +46,7 @@ def linear_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool
 ) -> torch.Tensor:
     """``x (..., K) @ weight.T (K, N) + bias (N,)``, then ReLU if asked: ``(..., N)``."""
-    # The first questions of why_not, by cost, as every small call asks them. No tracer is asked for a size.
+    # The cheapest checks of why_not come first, for small calls. Under a tracer no size may be read.
     if (
         is_grad_enabled()
         or is_compiling()
@@ -62,13 +63,13 @@ def linear_forward(
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x (..., K) @ weight.T (K, N) + bias (N,)``. Under grad mode its result would have no gradient."""
+    """``x (..., K) @ weight.T (K, N) + bias (N,)``. Call it without grad mode: the result has no gradient."""
     y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return y
 
 
 def why_not(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    """None if oneDNN computes this layer, else the reason why not."""
+    """None if oneDNN computes this layer, else the reason against it."""
     if is_compiling():
         return "torch.compile has a product of its own."
     if _tracing_state() is not None:
@@ -112,7 +113,7 @@ def why_switched_off() -> str | None:
 
 
 def pays(multiplications: int, terms: int) -> bool:
-    """True if a product of so many multiplications, in sums of so many terms, is faster and accurate."""
+    """True if oneDNN's product is faster and accurate for these numbers of multiplications and of terms."""
     return multiplications >= _LEAST_PRODUCTS * torch.get_num_threads() and terms <= MOST_TERMS
 
 
@@ -138,7 +139,7 @@ def _is_zen_5() -> bool:
 
 
 def _is_right() -> bool:
-    """True if the operator, which is private to PyTorch, still computes what :func:`product` says."""
+    """True if the operator, which is private to PyTorch, still computes the product."""
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(s, generator=generator) for s in ((2, 9, 100), (17, 100), (17,)))
     x[0, 0, 0], x[0, 1, 1], x[0, 2, 2] = torch.nan, torch.inf, -torch.inf

@@ -1,8 +1,8 @@
 """Run the kernels' ``mlp_forward`` and ``mlp_backward``.
 
-In eager code they are called directly. A compiler sees them as operators of ``torch.library`` instead, into
-which it does not look; an eager call of such an operator would cost ten times what the direct call does. Once
-a kernel has failed on a device, the functions of the same names in ``reference`` run in their place there.
+Eager code calls them directly. A compiler gets opaque operators of ``torch.library`` instead, of which an
+eager call would cost ten times as much as the direct call. Once a kernel has failed on a device, the
+functions of the same names in ``reference`` run in their place there.
 """
 
 from collections.abc import Iterable, Sequence
@@ -57,12 +57,10 @@ def mlp_backward(
 ) -> Gradients:
     """``kernels.mlp_backward``: the gradients of x, weights and biases, each None if it is not needed."""
     arguments: Any = grad_output, activations, weights, final_relu, *needs, forced
-    grads: Gradients
     if not is_compiling():
-        grads = _kernels_or_reference("mlp_backward", insist, *arguments)
-        return grads
+        return _kernels_or_reference("mlp_backward", insist, *arguments)  # type: ignore[no-any-return]
     _, need_x, need_weights, need_biases = needs
-    found = iter(_backward(*arguments))  # an operator cannot return None, so these are only the needed ones
+    found = iter(_backward(*arguments))  # only the needed gradients, as an operator cannot return None
     one_by_one = [next(found) if need else None for need in (need_x, *need_weights, *need_biases)]
     count = len(need_weights)
     return one_by_one[0], one_by_one[1 : 1 + count], one_by_one[1 + count :]
@@ -82,7 +80,7 @@ def _kernels_or_reference(name: str, insist: bool, tensor: torch.Tensor, *rest: 
                 raise
             text = str(failure).rstrip(".")
             reason = f"{text[0].upper()}{text[1:]}."
-        # Outside of the except block, so that what the kernels had allocated is free.
+        # Outside of the except block, so that the memory that the kernels had allocated is free.
         predicate.failed[index] = reason
         warn(f"Layers on {tensor.device} run on PyTorch's operators from now on. {reason} {HOW_TO_REPORT}")
     return getattr(reference, name)(tensor, *rest)
@@ -95,8 +93,7 @@ def _kernels_or_reference(name: str, insist: bool, tensor: torch.Tensor, *rest: 
     "-> Tensor[]",
 )
 def _forward(*arguments: Any) -> list[torch.Tensor]:
-    ys: list[torch.Tensor] = _kernels_or_reference("mlp_forward", arguments[-1], *arguments)
-    return ys
+    return _kernels_or_reference("mlp_forward", arguments[-1], *arguments)  # type: ignore[no-any-return]
 
 
 _forward.register_fake(reference.mlp_forward)
@@ -112,9 +109,7 @@ def _backward(*arguments: Any) -> list[torch.Tensor]:
     return _needed(*_kernels_or_reference("mlp_backward", arguments[-1], *arguments))
 
 
-@_backward.register_fake
-def _(*arguments: Any) -> list[torch.Tensor]:
-    return _needed(*reference.mlp_backward(*arguments))
+_backward.register_fake(lambda *arguments: _needed(*reference.mlp_backward(*arguments)))
 
 
 def _needed(x: torch.Tensor | None, *others: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:

@@ -20,15 +20,15 @@ from fusedmlp.dispatch.backend_choice import MEASURING, Biases, Run, Weights, ch
 from fusedmlp.torch_tools.patched import why_patched
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-# Rows or columns: the kernels count them in 32 bits, rounded up to whole tiles and parts, and offsets in 64.
+# The most rows or columns. The kernels count them in 32 bits, rounded up to whole tiles; offsets have 64.
 _LARGEST = 2**31 - 2**20
 
-# The conservative rule of "auto", where nothing was measured. A launch of a Triton kernel from Python
-# costs 9 to 12 us of the CPU's time against about 5 for one of ATen's: below about 1 GFLOP that is more
-# than fusing saves. Above N*K/(N+K) FLOP a byte a layer is limited by arithmetic (A100 156, H200 184), and
-# there a product a few per cent slower than cuBLAS's costs more than fusing saves.
+# The conservative rule of "auto" where nothing was measured. Launching a Triton kernel from Python takes 9 to
+# 12 us of the CPU's time, an operator of ATen about 5: below about 1 GFLOP the difference is more than fusing
+# saves. A layer does N*K/(N+K) FLOP a byte. Above 156 (A100) or 184 (H200) it is limited by arithmetic, and
+# a product a few per cent slower than cuBLAS's costs more than fusing saves.
 _LEAST_FLOPS = 1e9
-_LEAST_GAIN = 0.98  # what was measured to take longer than this part of PyTorch's time may be noise
+_LEAST_GAIN = 0.98  # a smaller difference from PyTorch's time may be noise
 _MOST_INTENSITY = 150
 
 _TORCH_CHOSEN, _TRITON_CHOSEN = "The caller chose backend('torch').", "The caller chose backend('triton')."
@@ -37,10 +37,10 @@ _BY_RULE = (
 )
 _NOT_PLAIN_MEMORY = "A tensor is sparse or nested, or a lazy conjugate or negative."
 
-# By index of the device: why no kernel is tried there any more under "auto", if one has failed.
+# For each device index on which a kernel has failed, the reason why "auto" runs no kernels there any more.
 failed: dict[int | None, str] = {}
 
-# By name, as small calls ask.
+# Global names, which small calls read faster than attributes.
 _Tensor = torch.Tensor
 _function_modes, _tracing_state = torch._C._len_torch_function_stack, torch._C._get_tracing_state
 
@@ -72,7 +72,7 @@ def record(x: torch.Tensor, weights: Weights, biases: Biases, final_relu: bool, 
 
 
 def surely_unfused(x: torch.Tensor, weights: Weights) -> bool:
-    """Fast check: True if the kernels do not run for this call, and nobody needs the reason in words."""
+    """Fast check: True if the kernels do not run for this call, and no reason in words is needed."""
     return type(x) is _Tensor and chosen.quiet and (x.is_cpu or surely_too_little(x, weights))
 
 
@@ -82,7 +82,7 @@ def surely_too_little(x: torch.Tensor, weights: Weights) -> bool:
     Where the arithmetic takes next to no time, the 4 us of why_not_fused would be a third of eager's call.
     """
     if is_compiling() or _tracing_state() is not None or _function_modes() > 0:
-        return False  # a tracer or a mode would see that a size is asked for
+        return False  # a tracer or a mode would see that a size is read
     try:
         products = 0
         for weight in weights:
@@ -153,7 +153,7 @@ def why_not_fused_mlp(
 
 
 def as_compiled(run: Run) -> Run:
-    """The same call, as it is decided on where torch.compile traces it."""
+    """The same call, with the reason and the basis that it has when torch.compile traces it."""
     x, weights, biases = run.x, run.weights, run.biases
     if chosen.backend != "auto" or _why_impossible(x, weights, biases) is not None:
         return run
@@ -163,8 +163,8 @@ def as_compiled(run: Run) -> Run:
 
 def _why_impossible(x: torch.Tensor, weights: Weights, biases: Biases) -> str | None:
     compiling = is_compiling()
-    # --- 1. The input, and who is tracing the call ---
-    # A function mode comes first, as it also sees what is asked of a tensor below. That of
+    # --- 1. The input, and modes and tracers that see this call ---
+    # Function modes are checked first, because they see every attribute that is read below. The mode of
     # torch.set_default_device() and `with torch.device(...)` changes nothing here.
     if torch._C._len_torch_function_stack() > 0 and any(
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
@@ -293,18 +293,18 @@ def _why_not_worth_it(
     count = len(weights)
     if count == 1 and not final_relu:
         return "A Linear without a ReLU leaves nothing to fuse."
-    # What was measured does not count for a compiler, which fuses more than eager PyTorch and may not know
-    # the number of rows.
+    # Measurements do not count for a compiler, which fuses more than eager PyTorch and may not know the
+    # number of rows.
     if not compiled:
         found = _measured(x, weights, biases, final_relu)
         if found is not None:
             return None if found[0] else f"The kernels are not faster. {found[1]}"
-    # For a chain its averages count.
+    # A chain is judged by the averages of its layers.
     products = sum(weight.numel() for weight in weights)
     flops = 2 * x.shape[:-1].numel() * products
     if flops < _LEAST_FLOPS * count:
         much = ""
-        if not is_compiling():  # which has no number if the batch may be of any size
+        if not is_compiling():  # a compiler has no number here if the batch may be of any size
             much = f" ({flops / 1e9:.2g} GFLOP" + (f" in {count} layers)" if count > 1 else ")")
         return f"The work{much} is too little to pay for launching kernels from Python."
     limited = "limited by arithmetic, where cuBLAS is expected to be faster."
@@ -317,11 +317,11 @@ def _why_not_worth_it(
 
 
 def is_for_kernels(grad_output: torch.Tensor) -> bool:
-    """True if the kernels' mlp_backward is right for a chain whose forward ran on the kernels.
+    """True if the kernels' mlp_backward may run for a chain whose forward ran on the kernels.
 
-    With grad mode on (``create_graph=True``), under vmap (``is_grads_batched=True``), forward-mode
-    differentiation or a mode, and for a gradient that is not plain memory, only PyTorch's own operators are
-    right.
+    PyTorch's own operators are needed with grad mode on (``create_graph=True``), under vmap
+    (``is_grads_batched=True``), forward-mode differentiation or a mode, and for a gradient that is not plain
+    memory.
     """
     return not (
         torch.is_grad_enabled()
@@ -392,7 +392,7 @@ def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-# What torch.compiler.assume_constant_result does, which imports the whole compiler. torch.compile cannot
-# trace what these call; their results cannot change, or torch.compile guards them anyway.
+# This is what torch.compiler.assume_constant_result does, but that imports the whole compiler. torch.compile
+# cannot trace these functions. Their results cannot change, or torch.compile guards them anyway.
 for _function in (_interpreting, _transformed, _ieee_float32, _why_not_here, _why_failed):
     vars(_function)["_dynamo_marked_constant"] = True

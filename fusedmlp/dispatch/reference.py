@@ -15,7 +15,7 @@ from fusedmlp.torch_tools.patched import RELU, TORCH_RELU
 
 Gradients = tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]
 
-# By name, as every call on a CPU asks: looking up a chain of attributes takes a tenth of a microsecond.
+# Global names for every call on a CPU: looking up a chain of attributes takes a tenth of a microsecond.
 _function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
 
 
@@ -30,19 +30,19 @@ def linear_forward(
 def watched() -> bool:
     """True if a ReLU in place could be noticed.
 
-    A mode sees every operator and may keep what one of them returned. A compiler gains nothing by a ReLU in
-    place, and an exported graph is to be that of ``torch.nn``. A function that replaced PyTorch's relu must
-    be called.
+    A mode sees every operator and may keep a tensor that one of them returned. A compiler gains nothing by a
+    ReLU in place, and an exported graph must be that of ``torch.nn``. A function that replaced PyTorch's relu
+    must be called.
     """
     modes = is_compiling() or _function_modes() > 0 or _dispatch_modes() > 0
     return modes or F.relu is not RELU or torch.relu is not TORCH_RELU
 
 
 def relu_forward(y: torch.Tensor, in_place: bool) -> torch.Tensor:
-    """ReLU of what ``F.linear`` returned, in place where ``in_place`` allows it and autograd does too.
+    """ReLU of a result of ``F.linear``, in place if both ``in_place`` and autograd allow it.
 
-    In place no second tensor is written; linear's backward does not need y, and the gradient of both forms is
-    threshold_backward. Subclasses, proxies and wrappers see the calls that a model on torch.nn makes.
+    In place, no second tensor is written. linear's backward does not need y, and the gradient of both forms
+    is threshold_backward. Subclasses, proxies and wrappers see the calls that a model on torch.nn makes.
     """
     # Up to torch 2.13 linear returns a view if x is not a matrix, which autograd would rebuild by as_strided.
     # A compiler cannot be asked whether a tensor is a view.
