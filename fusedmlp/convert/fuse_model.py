@@ -1,4 +1,4 @@
-"""``fuse``, ``unfuse`` and ``report``: give the Linears and Sequentials of a model fused classes, and back.
+"""``fuse``, ``unfuse`` and ``report``: give Linears and Sequentials fused classes, and undo it.
 
 A fused Sequential runs its own pairs of Linear and ReLU. Where a forward calls ReLU itself, as in
 ``F.relu(self.fc1(x))``, torch.fx finds the pair (trace_forward.py), and the Linear gets a class whose output
@@ -34,17 +34,15 @@ def fuse(model: torch.nn.Module, *, inplace: bool = True, verbose: bool = False)
     lazy layers. ``inplace=False`` changes a deep copy; ``verbose=True`` prints the report.
 
     To find the pairs, fuse traces each forward with torch.fx, several times if it branches, on a copy of its
-    module. What a forward does outside the model stays done: a cache in a Python module, or values that it
-    writes through a NumPy view. torch.fx patches PyTorch meanwhile, so no other thread should run models.
+    module. Changes that a forward makes outside the model remain: a cache in a Python module, or values
+    written through a NumPy view. torch.fx patches PyTorch meanwhile, so no other thread should run models.
 
     Raises TypeError if model is not a ``torch.nn.Module``.
 
     >>> fusedmlp.fuse(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU()))[0].__class__
     <class 'fusedmlp.nn.Linear'>
     """
-    _check(model, "fuse")
-    if not inplace:
-        model = copy.deepcopy(model)
+    model = _checked(model, "fuse", inplace)
     kinds, found = _plan(model)
     module_classes.change_classes(kinds, keep_former=True)
     if verbose:
@@ -68,9 +66,7 @@ def unfuse(
     >>> unfuse(fuse(torch.nn.Linear(4, 3))).__class__
     <class 'torch.nn.modules.linear.Linear'>
     """
-    _check(model, "unfuse")
-    if not inplace:
-        model = copy.deepcopy(model)
+    model = _checked(model, "unfuse", inplace)
     kinds = module_classes.classes_of_torch(model) if built else module_classes.former_classes(model)
     module_classes.change_classes(kinds, keep_former=False)
     if verbose:
@@ -81,26 +77,26 @@ def unfuse(
 
 
 def report(model: torch.nn.Module) -> Report:
-    """What :func:`fuse` would do to the model, or has done: a row for each Linear. It changes nothing.
+    """Report what :func:`fuse` would do to the model, or has done, and change nothing. Each Linear has a row.
 
     Raises TypeError if model is not a ``torch.nn.Module``.
 
     >>> print(fusedmlp.convert.report(model))
     2 of 3 Linears fused with ReLU, 1 Sequential fused
     """
-    _check(model, "report")
-    return _plan(model)[1]
+    return _plan(_checked(model, "report", inplace=True))[1]
 
 
-def _check(model: Any, name: str) -> None:
+def _checked(model: Any, name: str, inplace: bool) -> torch.nn.Module:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{name} takes a torch.nn.Module, not {type(model).__name__}")
+    return model if inplace else copy.deepcopy(model)
 
 
 def _plan(model: torch.nn.Module) -> tuple[dict[torch.nn.Module, type[torch.nn.Module]], Report]:
     """The class for each module that fuse changes, and the report."""
     kinds: dict[torch.nn.Module, type[torch.nn.Module]] = {}
-    # All calls of each Linear that were found: where, and why its output does not go to ReLU ("" if it does).
+    # For each Linear its calls: where, and why the output does not go to ReLU ("" if it does).
     calls: dict[torch.nn.Module, list[tuple[str, str]]] = collections.defaultdict(list)
     for module in model.modules():
         kind = module_classes.fused_sequential(module)
@@ -111,9 +107,8 @@ def _plan(model: torch.nn.Module) -> tuple[dict[torch.nn.Module, type[torch.nn.M
     sequentials, in_sequentials = len(kinds), set(calls)
     with quietly():
         for module in model.modules():
-            if module in kinds or isinstance(module, torch.jit.ScriptModule):
-                continue
-            if not _is_container(module) and not _is_linear(module):
+            scripted = isinstance(module, torch.jit.ScriptModule)
+            if not (module in kinds or scripted or _is_container(module) or _is_linear(module)):
                 for call in _calls_in_forward(module, in_sequentials):
                     calls[call.linear].append((f"forward of {type(module).__name__}", call.reason))
     names: dict[torch.nn.Module, list[str]] = collections.defaultdict(list)
@@ -129,7 +124,7 @@ def _plan(model: torch.nn.Module) -> tuple[dict[torch.nn.Module, type[torch.nn.M
 
 
 def _decide(linear: torch.nn.Module, calls: list[tuple[str, str]]) -> tuple[type[torch.nn.Module], str, str]:
-    """Class, status and reason of a Linear. It waits for ReLU only if ReLU takes its output at every call."""
+    """Class, status and reason of a Linear. It waits for ReLU only if every call's output goes to ReLU."""
     lazy = isinstance(linear, torch.nn.LazyLinear)
     kind: type[torch.nn.Module] = nn.LazyLinear if lazy else nn.Linear
     paired = {where for where, reason in calls if not reason}
@@ -137,7 +132,7 @@ def _decide(linear: torch.nn.Module, calls: list[tuple[str, str]]) -> tuple[type
     reasons = list(dict.fromkeys(reason for _, reason in calls if reason))
     if forwards and not reasons and not lazy:
         return LinearBeforeReLU, f"pair in {forwards}", ""
-    if _SEQUENTIAL in paired:  # a fused Sequential runs the pair as one, whatever else calls the Linear
+    if _SEQUENTIAL in paired:  # a fused Sequential fuses the pair, even if other code calls the Linear too
         return kind, f"pair in {_SEQUENTIAL}", ""
     if forwards and reasons:
         reasons.insert(0, f"ReLU takes its output in {forwards}, but not everywhere")
@@ -178,9 +173,7 @@ def _calls_in_sequential(module: torch.nn.Module) -> Iterator[Call]:
 
 def _own_linears(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The Linears that a forward can call: attributes of its module, or in a list, dict or Sequential."""
-    for child in module._modules.values():
-        if child is None:
-            continue
+    for child in module.children():
         if _is_linear(child):
             if _why_left_alone(child) is None:
                 yield child
@@ -189,6 +182,7 @@ def _own_linears(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _is_container(module: torch.nn.Module) -> bool:
+    """True if the class has no forward of its own, as ModuleList has none."""
     # The class of a ScriptModule has no forward at all.
     return getattr(type(module), "forward", None) is torch.nn.Module.forward
 

@@ -1,5 +1,6 @@
-"""The class that a module has before and after ``fuse``, and changing one into the other."""
+"""Find the classes of a model's modules before and after ``fuse``, and change one into the other."""
 
+import functools
 import types
 from typing import Any, Generic
 
@@ -11,8 +12,8 @@ from fusedmlp.convert.pending_relu import LinearBeforeReLU
 
 _FORMER = "_fused_from"  # fuse stores a module's class here, in its __dict__, which copies and pickles keep
 LINEARS = (torch.nn.Linear, torch.nn.LazyLinear, nn.Linear, nn.LazyLinear, LinearBeforeReLU)
-# The class of torch.nn for each of ours.
-_TORCHS: dict[Any, type[torch.nn.Module]] = {
+# For each of our classes the one of torch.nn.
+TORCHS: dict[Any, type[torch.nn.Module]] = {
     nn.Linear: torch.nn.Linear,
     LinearBeforeReLU: torch.nn.Linear,
     nn.LazyLinear: torch.nn.LazyLinear,
@@ -22,7 +23,7 @@ _TORCHS: dict[Any, type[torch.nn.Module]] = {
 
 
 def fused_sequential(module: torch.nn.Module) -> type[torch.nn.Module] | None:
-    """The fused class for a Sequential, or None if it does more than to run its members one by one."""
+    """The fused class for a Sequential, or None if it does more than run its members one by one."""
     kind = type(module)
     if kind is torch.nn.Sequential or kind is nn.Sequential:
         return nn.Sequential
@@ -38,7 +39,7 @@ def fused_sequential(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     if any("__init_subclass__" in vars(base) for base in kind.__mro__ if base not in usual):
         return None
     try:
-        return _subclass(kind)
+        return _subclass(kind)  # type: ignore[arg-type]  # mypy finds that modules' classes have no hash
     except Exception:  # a class that does not allow subclasses
         return None
 
@@ -55,15 +56,10 @@ class _Generated(nn.Sequential):
         return _new, (kind._came_from, *arguments), *state
 
 
+@functools.cache
 def _subclass(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    if kind not in _SUBCLASSES:
-        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_came_from": kind}
-        made = types.new_class(kind.__name__, (kind, _Generated), exec_body=lambda space: space.update(names))
-        _SUBCLASSES[kind] = made
-    return _SUBCLASSES[kind]
-
-
-_SUBCLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_came_from": kind}
+    return types.new_class(kind.__name__, (kind, _Generated), exec_body=lambda space: space.update(names))
 
 
 def _new(kind: Any, *arguments: Any) -> Any:
@@ -71,9 +67,8 @@ def _new(kind: Any, *arguments: Any) -> Any:
 
 
 def former_classes(model: torch.nn.Module) -> dict[torch.nn.Module, type[torch.nn.Module]]:
-    """The modules that fuse changed, and the class that unfuse gives back to each."""
-    found = {module: _former_class(module) for module in model.modules()}
-    return {module: kind for module, kind in found.items() if kind is not None}
+    """For each module that fuse changed, the class that unfuse gives back."""
+    return {module: kind for module in model.modules() if (kind := _former_class(module)) is not None}
 
 
 def _former_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
@@ -88,7 +83,7 @@ def _former_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
 
 
 def classes_of_torch(model: torch.nn.Module) -> dict[torch.nn.Module, type[torch.nn.Module]]:
-    """The modules that have one of our classes, and the class of each in ``torch.nn``."""
+    """For each module that has one of our classes, the class of ``torch.nn``."""
     kinds, without = {}, []
     for name, module in model.named_modules():
         kind = _former_class(module) or type(module)
@@ -96,7 +91,7 @@ def classes_of_torch(model: torch.nn.Module) -> dict[torch.nn.Module, type[torch
         base = kind.__bases__[0] if parametrized else kind
         if base is nn.LinearReLU:
             without.append(name or "the model itself")
-        torchs = _TORCHS.get(base, base)
+        torchs = TORCHS.get(base, base)
         if not parametrized:
             kind = torchs
         elif torchs is not base:
@@ -113,7 +108,7 @@ def classes_of_torch(model: torch.nn.Module) -> dict[torch.nn.Module, type[torch
 
 
 def change_classes(kinds: dict[torch.nn.Module, type[torch.nn.Module]], *, keep_former: bool) -> None:
-    """Give each module its class, and keep or forget its former one; if that fails for one, change none."""
+    """Give each module its class, and store or remove the former one. If one change fails, undo them all."""
     before = [(module, type(module), module.__dict__.get(_FORMER)) for module in kinds]
     try:
         for module, now, former in before:

@@ -1,4 +1,4 @@
-"""A Linear whose ReLU is called in your own forward: its output waits to see whether ReLU comes next."""
+"""A Linear whose ReLU is called in your own forward: its output is computed when its first use is known."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from fusedmlp import functional, nn
 from fusedmlp.dispatch.autocast import autocast_dtype
-from fusedmlp.dispatch.backend_choice import forced, quiet
+from fusedmlp.dispatch.backend_choice import forced, quiet, recorded
 from fusedmlp.dispatch.predicate import record, surely_unfused
 from fusedmlp.torch_tools.patched import LINEAR_FORWARD
 
@@ -42,12 +42,12 @@ def is_relu(function: Any, rest: Sequence[Any], keywords: Mapping[str, Any]) -> 
 
 
 def more_than_forward(module: torch.nn.Module) -> str | None:
-    """What a call of this module runs besides the forward of its class ("has hooks"), or None if nothing.
+    """The code besides its class's forward that a call of this module runs ("has hooks"), or None.
 
-    This decides what happens to modules with hooks: a Linear is not fused with its ReLU if either has a hook.
-    Both then run one after the other, and every hook fires at every call, with the tensors that it gets in an
-    unfused model. ``fuse`` asks this of each pair that it finds. ``LinearBeforeReLU`` asks it again at each
-    call, for hooks that are registered later, as ``nn.Sequential`` does for its members.
+    A Linear is not fused with its ReLU if either has a hook. Both then run one after the other, and every
+    hook fires at every call, with the tensors that it gets in an unfused model. ``fuse`` checks each pair
+    that it finds. ``LinearBeforeReLU`` checks again at each call, for hooks that are registered later, as
+    ``nn.Sequential`` does for its members.
     """
     # A lazy module has a pre-hook of its own until its first call.
     if module._forward_hooks or len(module._forward_pre_hooks) > ("_initialize_hook" in module.__dict__):
@@ -64,8 +64,8 @@ def more_than_forward(module: torch.nn.Module) -> str | None:
 class LinearBeforeReLU(nn.Linear):
     """The class that ``fuse`` gives to a Linear whose output always goes to ReLU; do not build it yourself.
 
-    Where the kernels run, its forward computes ReLU too, and returns a tensor that hands the result to ReLU
-    and becomes the output of the Linear if anything else is asked of it.
+    Where the kernels run, its forward computes ReLU too. It returns a tensor that passes this result to ReLU,
+    and that becomes the output of the Linear at any other use.
     """
 
     @nn._scripted_as(nn._plain_linear)
@@ -85,11 +85,8 @@ class LinearBeforeReLU(nn.Linear):
             return functional.linear(input, weight, bias)
         # Report the pair to explain() here: functional.linear would report a Linear without a ReLU.
         record(input, [weight], [bias], True, reason)
-        try:
-            return F.linear(input, weight, bias)
-        except RuntimeError as error:
-            functional._raise_clearer(error, input, weight, bias)
-            raise
+        with recorded(None):
+            return functional.linear(input, weight, bias)
 
 
 # Tools go by the name of a layer's class, and repr shows it. Pickles use __qualname__, which stays.
@@ -110,7 +107,7 @@ def _why_not_deferred(linear: torch.nn.Module, *tensors: torch.Tensor | None) ->
 
 
 class _DeferredOutput(torch.Tensor):
-    """Stands for ``z = linear(x, weight, bias)``, holding ``y = relu(z)``, until it is known which is needed.
+    """Stands for ``z = linear(x, weight, bias)`` and holds ``y = relu(z)`` until the first use of either.
 
         waiting ──ReLU──────────> ReLU taken     ReLU got y; other uses get z, but not its gradient
            │

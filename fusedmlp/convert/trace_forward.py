@@ -23,7 +23,7 @@ _MOST_BRANCHES = 400  # on one path: a loop may run for as long as the unknown v
 
 
 class Call(NamedTuple):
-    """One call of a Linear: why its output does not go to ReLU only, or an empty reason if it does."""
+    """One call of a Linear, and why its output does not go to ReLU alone. The reason is empty if it does."""
 
     linear: torch.nn.Module
     reason: str
@@ -32,19 +32,20 @@ class Call(NamedTuple):
 def calls_in_forward(
     module: torch.nn.Module, linears: Iterable[torch.nn.Module]
 ) -> tuple[list[Call], str | None]:
-    """All calls of these Linears in the module's own forward, and why it cannot be read, or None.
+    """All calls of these Linears in the module's own forward, and why it cannot be traced, or None.
 
-    Other modules that it calls are not traced into. Arguments with a default keep it, ``*args`` and
-    ``**kwargs`` are empty. A path that raises counts up to there if another path reaches the end.
+    The forwards of other modules that it calls are not traced. Arguments with a default keep it, ``*args``
+    and ``**kwargs`` are empty. If a path raises, its calls before the error count, provided that another path
+    reaches the end.
     """
     if "forward" in module.__dict__:
         return [], "is patched"
     wanted = set(linears)
-    # With real parameters a forward can ask for their shapes and dtypes.
+    # With real parameters, a forward can read their shapes and dtypes.
     calls, error = _calls_on_all_paths(module, wanted, proxy_parameters=False)
     if error is None:
         return calls, None
-    # With proxies for the parameters it can combine them with sizes that depend on the input.
+    # With proxies for the parameters, it can combine them with sizes that depend on the input.
     calls, second_error = _calls_on_all_paths(module, wanted, proxy_parameters=True)
     return calls, f"cannot be traced: {error}" if second_error else None
 
@@ -68,7 +69,7 @@ def _calls_on_all_paths(
             copied, memo = copy_with(module, same_memory)
         except Exception as problem:
             return [], f"it cannot be copied: {_in_words(problem)}"
-        # By the memo and not by position: a copy may differ from its original.
+        # The memo tells which is which. Their positions do not, as a copy may differ from its original.
         originals = {memo.get(id(one), one): one for one in module.modules()}
         tracer = _Tracer(linears, branches, proxy_parameters, originals)
         with _CopyOnWrite(memory), tracer.functions_as_steps():
@@ -114,7 +115,7 @@ def quietly() -> Iterator[None]:
 
 
 class _Tracer(torch.fx.Tracer):
-    """Traces one path through a forward: its first branches go as planned, and ``branches`` records all."""
+    """Traces one path through a forward. The first branches follow ``planned``; ``branches`` records all."""
 
     def __init__(
         self,
@@ -166,16 +167,16 @@ class _Tracer(torch.fx.Tracer):
     # --- methods that torch.fx calls ---
 
     def create_args_for_root(self, root_fn: Callable[..., Any], *_: Any) -> tuple[Any, list[Any]]:
-        proxies = [
-            (parameter.kind, name, self.create_proxy("placeholder", name, (), {}))
-            for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]
-            if parameter.default is parameter.empty
-            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        ]
-        keyword_only = inspect.Parameter.KEYWORD_ONLY
-        keywords = {name: proxy for kind, name, proxy in proxies if kind is keyword_only}
-        positional = [proxy for kind, _, proxy in proxies if kind is not keyword_only]
-        return lambda *arguments: root_fn(*arguments, **keywords), [self.root, *positional]
+        positional, keywords = [self.root], {}
+        for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]:
+            various = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if parameter.default is parameter.empty and not various:
+                proxy: Any = self.create_proxy("placeholder", name, (), {})
+                if parameter.kind is parameter.KEYWORD_ONLY:
+                    keywords[name] = proxy
+                else:
+                    positional.append(proxy)
+        return lambda *arguments: root_fn(*arguments, **keywords), positional
 
     def call_module(
         self, m: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
