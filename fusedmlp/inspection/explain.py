@@ -1,4 +1,4 @@
-"""``explain(model, x)``: what ran for each chain of layers, why, and how much memory traffic it made."""
+"""``explain(model, x)``: report what ran for each chain of layers, why, and how many bytes it moved."""
 
 import collections
 import contextlib
@@ -24,12 +24,12 @@ _KERNELS, _OPERATORS, _COMPILER = "Triton kernels", "PyTorch's operators", "torc
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """The forward or the backward of a chain: what ran it, by which launches, and how many bytes they move.
+    """The forward or the backward of a chain: its implementation, its launches, and the bytes they move.
 
-    backend is "Triton kernels", "PyTorch's operators" or "torch.compile's own code". launches are names of
-    kernels or operators, in order; bytes count each tensor that a launch reads or writes once; both are None
-    for compiled code. The unfused fields say the same of PyTorch's eager operators ``linear``, ``relu`` and
-    their gradients.
+    backend is "Triton kernels", "PyTorch's operators" or "torch.compile's own code". launches are the names
+    of kernels or operators, in order. bytes count each tensor that a launch reads or writes once. Both are
+    None for compiled code. The unfused fields are the same for PyTorch's eager operators ``linear``, ``relu``
+    and their gradients.
     """
 
     backend: str
@@ -44,9 +44,9 @@ class Row:
     """One chain of layers that ran as one operation.
 
     layers are their names in the model; rows is M, the rows of the input; widths are K of the first layer and
-    N of each. reason says why the chain was not on the kernels, and is None if it was; basis says why it was,
-    and is None if it was not. backward is None if nothing in the chain requires grad or grad mode was off.
-    measured has the times, if there are any for this device, by which a kernel was chosen for each product.
+    N of each. reason says why the chain did not run on the kernels, and is None if it did. basis says why it
+    did, and is None if it did not. backward is None if nothing in the chain requires grad or grad mode was
+    off. measured has the times by which a kernel was chosen for each product, if this device has any.
     """
 
     layers: tuple[str, ...]
@@ -64,7 +64,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found: ``str()`` of it is a table for a terminal, ``to_dict()`` is plain data.
+    """The result of :func:`explain`: ``str()`` makes a table for a terminal, ``to_dict()`` plain data.
 
     rows are in the order in which they ran. layers_not_fused names the plain ``torch.nn.Linear`` layers
     outside a fused Sequential, layers_not_run the fused layers that this call did not run. compiled says
@@ -135,13 +135,14 @@ def explain(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Explanation
     - ``threshold_backward`` 3*M*N; ``sum`` (the bias gradient) M*N + N;
     - ``mm`` M*N + N*K + M*K, once for the gradient of the input and once for that of the weight.
 
-    On the kernels, ``linear_forward`` moves what linear does and applies the ReLU; ``grad_input`` is an mm
-    that also reads the mask (M*K) and writes the bias gradient of the layer below; ``grad_weights`` computes
-    the weight gradients of all layers, and the bias gradient of a last layer without ReLU; ``relu_backward``
-    is threshold_backward and sum of a final ReLU. For narrow layers, ``narrow_forward`` is every
-    linear_forward in one launch, and ``narrow_backward`` every grad_input and relu_backward. ``add_up`` adds
-    float32 partial sums of the other kernels. ``linear by oneDNN`` is PyTorch's other float32 product, which
-    is used without a gradient where it is faster: on AMD CPUs from Zen 5 on.
+    On the kernels, ``linear_forward`` moves as many values as linear, and applies the ReLU too.
+    ``grad_input`` is an mm that also reads the mask (M*K) and writes the bias gradient of the layer below.
+    ``grad_weights`` computes the weight gradients of all layers, and the bias gradient of a last layer
+    without ReLU.
+    ``relu_backward`` is threshold_backward and sum of a final ReLU. For narrow layers, ``narrow_forward`` is
+    every linear_forward in one launch, and ``narrow_backward`` every grad_input and relu_backward. ``add_up``
+    adds float32 partial sums of the other kernels. ``linear by oneDNN`` is PyTorch's other float32 product,
+    which runs without a gradient on AMD CPUs from Zen 5 on, where it is faster.
 
     >>> print(fusedmlp.explain(fusedmlp.MLP(784, [256, 128], 10), torch.randn(128, 784)))
     3 layers in 1 chain on cpu: 15 launches (unfused 15), 5.07 MB moved ...
@@ -171,10 +172,8 @@ def explain(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Explanation
 
 def uncompiled() -> contextlib.AbstractContextManager[Any]:
     """Inside, compiled modules and functions run as the Python code that they were compiled from."""
-    stance: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes seconds
-        stance = torch.compiler.set_stance("force_eager")
-    return stance
+    compiles = "torch._dynamo" in sys.modules  # otherwise nothing is compiled, and importing it takes seconds
+    return torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
 
 
 def shown_name(name: str) -> str:
@@ -183,22 +182,19 @@ def shown_name(name: str) -> str:
 
 
 class _Recorder:
-    """Makes a Row of each chain right before it runs, while the layers' grad mode holds; keeps no tensor."""
+    """Makes a Row of each chain right before it runs, in the grad mode of the layers. It keeps no tensor."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.rows: list[Row] = []
-        self.ran: set[str] = set()  # names of layers, as of modules below
+        self.ran: set[str] = set()  # names of layers
         self.names: dict[int, list[str]] = collections.defaultdict(list)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self.names[id(parameter)].append(shown_name(re.sub(r"(^|\.)(weight|bias)$", "", name)))
-        self.compiled: set[str] = set()  # modules that are compiled or inside a compiled one
-        self.before_relu: set[str] = set()  # fused layers whose ReLU is called by the user's forward
-        starts: list[str] = []
+        self.compiled: set[str] = set()  # names of modules that are compiled or inside a compiled one
+        self.before_relu: set[str] = set()  # names of fused layers whose ReLU the user's forward calls
         for name, module in model.named_modules():
             if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
-                starts.append(f"{name}." if name else "")
-            if any(f"{name}.".startswith(start) for start in starts):
-                self.compiled.add(shown_name(name))
+                self.compiled.update(shown_name(inside) for inside, _ in module.named_modules(prefix=name))
             if isinstance(module, LinearBeforeReLU):
                 self.before_relu.add(shown_name(name))
 
@@ -226,7 +222,7 @@ class _Recorder:
 def _row(run: Run, layers: tuple[str, ...], compiled: bool) -> Row:
     chain = Chain(run)
     unfused = chain.unfused()
-    here: tuple[list[Launch] | None, list[Launch] | None]
+    here: tuple[Any, Any]
     if run.reason is None:
         backend, here = _KERNELS, chain.launched()
     elif compiled:

@@ -1,4 +1,4 @@
-"""Run a model in float64 whatever dtypes its code asks for: the reference results of ``verify``."""
+"""Run a model in float64, whatever dtypes its code asks for: the reference of ``verify``."""
 
 from typing import Any
 
@@ -6,16 +6,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-_WIDER = {
-    torch.float32: torch.float64,
-    torch.float16: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.complex64: torch.complex128,
-}
+_WIDER = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64)
+_WIDER[torch.complex64] = torch.complex128
 
 
 def to_float64(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in float64, or in complex128; integers, booleans and float64 stay as they are."""
+    """The same values in float64 or complex128. Integers, booleans and float64 are returned unchanged."""
     return tensor.to(_WIDER[tensor.dtype]) if tensor.dtype in _WIDER else tensor
 
 
@@ -24,7 +20,9 @@ class InFloat64(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # the default would import torch._dynamo, which takes seconds, and nothing is compiled
+        return (
+            False  # nothing is compiled here, and the default would import torch._dynamo, which takes seconds
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

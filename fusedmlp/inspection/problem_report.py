@@ -1,4 +1,4 @@
-"""Write what a bug report needs into one file: ``python -m fusedmlp --report FILE``."""
+"""Write a file for a bug report: ``python -m fusedmlp --report FILE``."""
 
 import contextlib
 import io
@@ -34,10 +34,10 @@ class _Both(io.TextIOBase):
 
 
 def write(file: pathlib.Path, run: Callable[[], int]) -> int:
-    """Describe this machine in ``file``, call ``run``, and add what it prints, warns of or raises.
+    """Describe this machine in ``file``, call ``run``, and add its output, its warnings and its error.
 
-    Each line is written at once, so that a crash leaves the earlier ones. Returns the exit status of ``run``,
-    or 1 if it raised. Raises OSError if the file cannot be written.
+    Each line is written at once, so that a crash leaves the earlier lines in the file. Returns the exit
+    status of ``run``, or 1 if it raised. Raises OSError if the file cannot be written.
     """
     with file.open("w", encoding="utf-8", buffering=1) as report:
         report.write(f"$ {' '.join(['python -m fusedmlp', *sys.argv[1:]])}\n\n{machine()}\n\n")

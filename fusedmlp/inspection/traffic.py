@@ -1,4 +1,4 @@
-"""What a chain of layers launches, how many bytes each launch moves, and what was measured of it."""
+"""The launches of a chain of layers, how many bytes each one moves, and the times measured for the chain."""
 
 from typing import Any, NamedTuple
 
@@ -25,7 +25,8 @@ class Figures(NamedTuple):
     torch_us: float
 
 
-def needs_of(run: Run) -> Needs | None:
+def _needs_of(run: Run) -> Needs | None:
+    """The gradients that the backward of this call will compute, or None if it has no backward."""
     x = run.x.requires_grad
     weights = [weight.requires_grad for weight in run.weights]
     biases = [bias is not None and bias.requires_grad for bias in run.biases]
@@ -48,7 +49,7 @@ class Chain:
         self.shapes = [(weight.shape[-1:].numel(), weight.shape[:-1].numel()) for weight in run.weights]
         K = self.shapes[0][0]
         self.rows = run.x.numel() // K if K else run.x.shape[:-1].numel()
-        self.needs = needs_of(run)
+        self.needs = _needs_of(run)
 
     def unfused(self) -> tuple[list[Launch], list[Launch]]:
         """PyTorch's eager operators of the forward and of the backward."""
@@ -56,17 +57,15 @@ class Chain:
         forward: list[Launch] = []
         backward: list[Launch] = []
         for i, (K, N) in enumerate(self.shapes):
+            relu = i < last or self.run.final_relu
             bias = 0 if self.run.biases[i] is None else N
             forward.append(("linear", one * (M * K + N * K + bias + M * N)))
-            if i < last or self.run.final_relu:
-                forward.append(("relu", one * 2 * M * N))
-        for i in range(last, self.needs.lowest - 1 if self.needs else last, -1):
-            K, N = self.shapes[i]
-            if i < last or self.run.final_relu:
-                backward.append(("threshold_backward", one * 3 * M * N))
-            backward += [("mm", one * (M * N + N * K + M * K))] * len(self._gradients(i))
-            if self.needs and self.needs.biases[i]:
-                backward.append(("sum", one * (M * N + N)))
+            forward += [("relu", one * 2 * M * N)] * relu
+            if self.needs and i >= self.needs.lowest:
+                gradients = [("threshold_backward", one * 3 * M * N)] * relu
+                gradients += [("mm", one * (M * N + N * K + M * K))] * len(self._gradients(i))
+                gradients += [("sum", one * (M * N + N))] * self.needs.biases[i]
+                backward = gradients + backward
         return forward, backward
 
     def with_onednn(self, forward: list[Launch]) -> list[Launch]:
@@ -86,20 +85,18 @@ class Chain:
         x, forced = run.x.detach(), backend_choice.forced()
         x = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
         keep = max(0, needs.lowest - 1) if needs else len(run.weights) - 1
-        forward: list[Launch] = []
-        backward: list[Launch] = []
-        with kernels.dry_run(lambda name, args: forward.append((name, _bytes_of(args)))):
+        launches: list[Launch] = []
+        with kernels.dry_run(lambda name, args: launches.append((name, _bytes_of(args)))):
             ys = kernels.mlp_forward(x, run.weights, run.biases, run.final_relu, keep, forced)
-        if needs is not None:
-            lowest = needs.lowest
-            activations = [None] * lowest + ([x, *ys] if lowest == 0 else ys)
-            # The output stands for the incoming gradient, which has its shape.
-            with kernels.dry_run(lambda name, args: backward.append((name, _bytes_of(args)))):
+            count = len(launches)
+            if needs is not None:
+                activations = [None] * needs.lowest + ([x, *ys] if needs.lowest == 0 else ys)
+                # The output stands for the incoming gradient, which has its shape.
                 kernels.mlp_backward(ys[-1], activations, run.weights, run.final_relu, *needs, forced)
-        return forward, backward
+        return launches[:count], launches[count:]
 
     def measured(self) -> tuple[Figures, ...]:
-        """The products of a chain on the kernels that were measured on this device."""
+        """The times of the chain's products that were measured on this device, if it runs on the kernels."""
         if self.run.reason is not None:
             return ()
         kernels, x, found = predicate.kernels(), self.run.x, []
@@ -112,7 +109,7 @@ class Chain:
         return tuple(found)
 
     def _gradients(self, layer: int) -> list[str]:
-        """Which of this layer's two products the backward computes."""
+        """The names of those of this layer's two products that the backward computes."""
         needs = self.needs
         if needs is None or layer < needs.lowest:
             return []

@@ -1,9 +1,9 @@
-"""``verify(model, x)``: are the fused results as accurate as PyTorch's, on this model and these data?"""
+"""``verify(model, x)``: check that the fused results are as accurate as PyTorch's, on these data."""
 
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -31,23 +31,24 @@ def verify(
     that the model takes. Gradients are those of the scalar ``loss_fn(output)``, or without a loss_fn of the
     output times fixed random numbers. Three models run: the fused one under the caller's settings, for
     example ``with fusedmlp.backend("triton")``; the plain one, with torch.nn's layers and not compiled; and a
-    copy in which every operator computes in float64. Further checks run where the plain model can do the
-    same: parameters and inputs frozen, in up to 32 combinations; an incoming gradient of stride 0 and a
-    transposed one; backward twice; the gradient of the gradient's norm; and whether anything was written to
-    that the plain model leaves alone.
+    copy in which every operator computes in float64. Further checks are made if the plain model passes them:
+    parameters and inputs frozen, in up to 32 combinations; an incoming gradient of stride 0 and a transposed
+    one; backward twice; and the gradient of the gradient's norm. A last check finds tensors that the fused
+    model writes to and the plain model does not.
 
     Prints a table, unless ``verbose=False``, and returns it as an object that is true if all results are
     right. The model, its gradients, modes and buffers, the global random states and x are left as they were.
     Raises TypeError unless model is a ``torch.nn.Module``, ValueError unless the loss is a scalar, and what
-    the plain model raises; an error of the fused model alone makes the result false.
+    the plain model raises. If only the fused model raises an error, the result is false.
 
     A model that draws random numbers, as dropout does in training mode, is not compared with float64, where
     the same seed gives other numbers: call ``model.eval()`` first. Without float64, a result that differs
     from the plain one is "unknown", and the object false.
 
-    A result that fails is measured again, by the worst of PyTorch's own errors on 8 inputs and parameters one
-    rounding away: the gradient of a ReLU whose input is close to 0 jumps, in PyTorch too. Hooks of the model
-    are called in every run, and no other thread should use the model meanwhile.
+    A result that fails is compared again with the largest of PyTorch's own errors on 8 copies of the inputs
+    and parameters, each one rounding away, because the gradient of a ReLU whose input is close to 0 jumps, in
+    PyTorch too. Hooks of the model are called in every run, and no other thread should use the model
+    meanwhile.
 
     >>> assert fusedmlp.verify(fusedmlp.MLP(784, [256, 128], 10), torch.randn(128, 784))
     right: 3 layers in 1 chain on PyTorch's operators. The input is on the CPU; ...
@@ -69,7 +70,7 @@ def verify(
 
 
 class _Verifier:
-    """Makes the runs, compares their results and collects what the report says."""
+    """Makes the runs, compares their results and collects the parts of the report."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
@@ -77,6 +78,7 @@ class _Verifier:
         self.failures: list[str] = []
         self.factor, self.floor = accuracy.FACTOR, accuracy.FLOOR
         self.explanation: Explanation | None = None
+        self.compiled = False
         self.written: set[str] = set()
 
     def result(self) -> Verification:
@@ -114,6 +116,7 @@ class _Verifier:
             return
         finally:
             self.runs.put_parameters_back()
+        self.compiled = self.explanation.compiled
         on_kernels = {row.dtype for row in self.explanation.rows if row.reason is None}
         if "bfloat16" in on_kernels and predicate.kernels().interpreting():
             self.factor, self.floor = 4.0, torch.finfo(torch.bfloat16).eps
@@ -121,10 +124,6 @@ class _Verifier:
                 "Triton's interpreter truncates to bfloat16 where a GPU rounds: here 4 times PyTorch's own "
                 "error and one unit in the last place of bfloat16 are allowed."
             )
-
-    @property
-    def compiled(self) -> bool:
-        return self.explanation is not None and self.explanation.compiled
 
     def rows(self, ask: Ask, fused: Outcome, plain: Outcome) -> Iterator[Row]:
         """A row for each result of either run."""
@@ -174,8 +173,8 @@ class _Verifier:
         if self.compiled:
             settings = settings[:3]  # the model is compiled again for each
         yield self.check("frozen parameters", "loss", settings)
-        for name, ask in _FURTHER.items():
-            yield self.check(name, ask, [frozenset(self.runs.leaves)])
+        for ask in get_args(Ask)[1:]:
+            yield self.check(ask, ask, [frozenset(self.runs.leaves)])
         problems = tuple(f"it writes to {name}" for name in sorted(self.written))
         yield Check("nothing written to", "WRONG" if problems else "right", 0, math.nan, problems)
 
@@ -213,12 +212,6 @@ class _Verifier:
 
 
 _WORST_FIRST: tuple[Verdict, ...] = ("WRONG", "unknown", "right", "skipped")
-_FURTHER: dict[str, Ask] = {
-    "stride-0 gradient": "stride 0",
-    "transposed gradient": "transposed",
-    "backward twice": "twice",
-    "double backward": "double",
-}
 
 
 def _settings(leaves: list[str], as_given: frozenset[str]) -> list[frozenset[str]]:

@@ -21,8 +21,8 @@ class Row:
 
     The errors are the largest differences from float64, divided by the largest value. ratio is the quotient
     of the two errors, or of their RMS if that is larger. Without a float64 result, error is the difference
-    from PyTorch's and the others are NaN; the verdict is then ``"right"`` if there is no difference, else
-    ``"unknown"``.
+    from PyTorch's result, the other numbers are NaN, and the verdict is ``"right"`` if there is no
+    difference, else ``"unknown"``.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One further check: how many runs it made, the worst ratio, the problems or why it was skipped."""
+    """One further check: its number of runs, the worst ratio, and the problems or why it was skipped."""
 
     name: str
     verdict: Verdict
@@ -46,11 +46,11 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What :func:`verify` found: true if all is right; ``str()`` is a table, ``to_dict()`` plain data.
+    """The result of :func:`verify`, true if all is right. ``str()`` makes a table, ``to_dict()`` plain data.
 
-    rows hold the output and every gradient, checks the further runs. failures say what could not be compared
-    and makes the result false; notes say what else to know. explanation is what :func:`explain` says of the
-    fused run, or None if it raised.
+    rows hold the output and every gradient, checks the further runs. failures say what could not be compared,
+    and make the result false. notes hold further remarks. explanation is the result of :func:`explain` for
+    the fused run, or None if it raised.
     """
 
     rows: tuple[Row, ...]
@@ -94,7 +94,7 @@ def is_gradient(name: str) -> bool:
 
 
 def _where(explanation: Explanation | None) -> str:
-    """Sentences that say on what the layers ran."""
+    """Sentences that say which implementation the layers ran on."""
     if explanation is None:
         return "it is not known on what the fused layers run."
     counts: dict[str | None, list[int]] = {}

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
 from fusedmlp import nn
-from fusedmlp.convert.pending_relu import LinearBeforeReLU
+from fusedmlp.convert.module_classes import TORCHS
 from fusedmlp.dispatch import backend_choice
 from fusedmlp.inspection.explain import shown_name, uncompiled
 from fusedmlp.inspection.float64 import InFloat64, to_float64
@@ -20,9 +20,9 @@ from fusedmlp.torch_tools import accuracy
 from fusedmlp.torch_tools.model_state import copy_with, left_as_it_was
 from fusedmlp.torch_tools.warn import first_line
 
-# What gradients are taken of: the loss, the output with an incoming gradient of stride 0 or one whose memory
-# is transposed, the loss twice, and the norm of the loss's gradient.
-Ask = Literal["loss", "stride 0", "transposed", "twice", "double"]
+# A run takes the gradients of the loss; of the output, with an incoming gradient of stride 0 or one whose
+# memory is transposed; of the loss twice; or of the norm of the loss's gradient.
+Ask = Literal["loss", "stride-0 gradient", "transposed gradient", "backward twice", "double backward"]
 Value = torch.Tensor | None
 Results = dict[str, Value]  # by name: outputs, the loss, "gradient of ..."
 
@@ -30,14 +30,14 @@ _NEARBY = 8  # runs on inputs and parameters that are one rounding away
 
 
 class Outcome(NamedTuple):
-    """The results of a run, and names of what it wrote to although it is the caller's."""
+    """The results of a run, and the names of the caller's tensors that it wrote to."""
 
     results: Results
     written: set[str]
 
 
 class Way(NamedTuple):
-    """How to run: which model, in which context, on inputs that ``change`` makes of the caller's."""
+    """How to run: the model, the context, and the function that makes the inputs from the caller's."""
 
     model: torch.nn.Module
     context: Callable[[], contextlib.AbstractContextManager[Any]]
@@ -45,7 +45,7 @@ class Way(NamedTuple):
 
 
 class Runs:
-    """Runs a model in several ways. Each run starts in the state that the model is in, and restores it.
+    """Runs a model in several ways. Each run leaves the model in the state in which it found it.
 
     leaves names the tensors that get gradients: floating-point inputs, and parameters that require grad.
     """
@@ -67,9 +67,9 @@ class Runs:
         parameters = dict(model.named_parameters())
         self._values = {name: _clone(parameter) for name, parameter in parameters.items()}
         self._trained = [n for n, p in parameters.items() if p.requires_grad and not p.is_inference()]
-        self._inputs = [name for name, tensor in self._given.items() if _floating(tensor)]
-        requiring = [name for name in self._inputs if self._given[name].requires_grad]
-        self.as_given = frozenset([*requiring, *self._trained])
+        inputs = {name: tensor for name, tensor in self._given.items() if _floating(tensor)}
+        self.leaves = [*inputs, *self._trained]
+        self.as_given = frozenset(self.leaves) - {n for n, t in inputs.items() if not t.requires_grad}
         self.plain = Way(model, functools.partial(_on_torch_nn, model), _clone)
         self.fused = Way(model, contextlib.nullcontext, _clone)
         self.exact_problems: dict[Ask, str] = {}
@@ -77,19 +77,15 @@ class Runs:
         self._errors_nearby: dict[Ask, dict[str, tuple[float, float]]] = {}
         self._random = self._by_backward = False
 
-    @property
-    def leaves(self) -> list[str]:
-        return [*self._inputs, *self._trained]
-
     def first(self) -> tuple[Outcome, list[str]]:
-        """The run on torch.nn, and notes on it. Raises what the model raises."""
+        """Run on torch.nn, and return the outcome and notes on it. Raises what the model raises."""
         notes = []
         self.run(self.plain, "loss", self.as_given)
         try:
             outcome = self.run(self.plain, "loss", self.leaves)
         except Exception as error:
             notes.append(f"No gradient of the input, with which the plain model raises {first_line(error)}")
-            self._inputs = [name for name in self._inputs if name in self.as_given]
+            self.leaves = [name for name in self.leaves if name in self.as_given]
             outcome = self.run(self.plain, "loss", self.leaves)
         again = self.run(self.plain, "loss", self.leaves).results
         if any(not _same(value, again.get(name)) for name, value in outcome.results.items()):
@@ -97,7 +93,7 @@ class Runs:
         return outcome, notes
 
     def exact(self, ask: Ask) -> Results:
-        """All results in float64; none, and the reason in exact_problems, if there cannot be any."""
+        """All results in float64. If they cannot be computed: none, with the reason in exact_problems."""
         if self._random:  # with the same seed, PyTorch draws other numbers in float64
             self.exact_problems[ask] = (
                 "Not compared with float64, because the model draws random numbers: call model.eval() first."
@@ -149,7 +145,7 @@ class Runs:
     def arguments(
         self, change: Callable[[torch.Tensor], torch.Tensor], needs: Collection[str]
     ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.Tensor]]:
-        """Copies of the input as the model takes it, and their tensors by name; ``needs`` require grad."""
+        """Copies of the input as args and kwargs, and its tensors by name. ``needs`` is as in :meth:`run`."""
         inputs = {
             name: change(leaf.detach()).requires_grad_(name in needs) for name, leaf in self._given.items()
         }
@@ -160,7 +156,7 @@ class Runs:
         return (x if isinstance(x, tuple) else (x,)), {}, inputs
 
     def run(self, way: Way, ask: Ask, needs: Collection[str]) -> Outcome:
-        """Run in this way, with gradients of what is in ``needs``. Raises what the model raises."""
+        """Run in this way, with gradients of the leaves in ``needs``. Raises what the model raises."""
         try:
             return self._run(way, ask, needs)
         except RuntimeError as error:
@@ -194,7 +190,7 @@ class Runs:
         return Outcome(results, written | changed)
 
     def put_parameters_back(self) -> set[str]:
-        """Give the model's parameters their values again, and return the names of those that had others."""
+        """Restore the values of the model's parameters, and return the names of those that had changed."""
         changed = set()
         for name, parameter in self.model.named_parameters():
             if not _same(parameter, self._values[name]):
@@ -203,14 +199,14 @@ class Runs:
         return changed
 
     def _results(self, ask: Ask, output: Any, needing: dict[str, torch.Tensor]) -> tuple[Results, set[str]]:
-        """The output, the loss and the gradients, and names of what the backward wrote to."""
+        """The output, the loss and the gradients, and the names of tensors that the backward wrote to."""
         outputs = {
             "output" + keystr(path): leaf
             for path, leaf in tree_flatten_with_path(output)[0]
             if isinstance(leaf, torch.Tensor) and _floating(leaf)
         }
         results: Results = {name: _comparable(tensor).clone() for name, tensor in outputs.items()}
-        if self.loss_fn is not None and ask not in ("stride 0", "transposed"):
+        if self.loss_fn is not None and ask not in ("stride-0 gradient", "transposed gradient"):
             loss = self.loss_fn(output)
             if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
                 what = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
@@ -228,13 +224,13 @@ class Runs:
         ]
         values, written = [_clone(tensor) for tensor in incoming], set()
         gradients = self._gradients(targets, leaves, incoming, ask)
-        if ask == "twice":
+        if ask == "backward twice":
             first, kept = gradients, [None if g is None else _clone(g) for g in gradients]
             gradients = self._gradients(targets, leaves, incoming, "loss")
             results |= _named("first gradient of", names, kept)
             if not all(map(_same, first, kept)):
                 written.add("the gradients of an earlier backward")
-        if ask == "double":
+        if ask == "double backward":
             gradients = _gradients_of_norm(gradients, leaves)
         if not all(map(_same, incoming, values)):
             written.add("the incoming gradient")
@@ -245,7 +241,7 @@ class Runs:
     def _gradients(
         self, targets: list[torch.Tensor], leaves: list[torch.Tensor], incoming: list[torch.Tensor], ask: Ask
     ) -> Sequence[Value]:
-        keep, create = ask in ("twice", "double"), ask == "double"
+        keep, create = ask in ("backward twice", "double backward"), ask == "double backward"
         if not self._by_backward:  # backward() would call hooks of the parameters, an optimizer's for example
             return torch.autograd.grad(targets, leaves, incoming, keep, create, allow_unused=True)
         torch.autograd.backward(targets, incoming, keep, create)
@@ -284,12 +280,12 @@ def _gradients_of_norm(gradients: Sequence[Value], leaves: list[torch.Tensor]) -
 def _incoming(ask: Ask, number: int, target: torch.Tensor) -> torch.Tensor:
     """The incoming gradient: the same numbers on every device and in every dtype."""
     with _disable_current_modes():
-        if ask == "stride 0":
+        if ask == "stride-0 gradient":
             return torch.ones((), dtype=target.dtype, device=target.device).expand(target.shape)
         generator = torch.Generator().manual_seed(number)
         # Rounded to bfloat16, so that no dtype rounds them.
         random = torch.randn(target.shape, generator=generator, device="cpu").bfloat16().to(target)
-        if ask == "transposed" and target.dim() > 1:
+        if ask == "transposed gradient" and target.dim() > 1:
             return random.transpose(-1, -2).contiguous().transpose(-1, -2)
         return random
 
@@ -299,13 +295,8 @@ class _LinearReLU(torch.nn.Linear):
         return F.relu(F.linear(input, self.weight, self.bias))
 
 
-_TORCH_NN: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    nn.Linear: torch.nn.Linear,
-    nn.LinearReLU: _LinearReLU,
-    LinearBeforeReLU: torch.nn.Linear,
-    nn.Sequential: torch.nn.Sequential,
-    nn.MLP: torch.nn.Sequential,
-}
+# A lazy layer keeps its class, as its first call changes that.
+_PLAIN = TORCHS | {nn.LinearReLU: _LinearReLU, nn.LazyLinear: nn.LazyLinear}
 
 
 @contextlib.contextmanager
@@ -315,7 +306,7 @@ def _on_torch_nn(model: torch.nn.Module) -> Iterator[None]:
     try:
         for module in model.modules():
             kind = type(module)
-            plain = kind.__dict__.get("_came_from") or _TORCH_NN.get(kind)
+            plain = kind.__dict__.get("_came_from") or _PLAIN.get(kind)
             if plain is not None:
                 changed.append((module, kind))
                 object.__setattr__(module, "__class__", plain)
@@ -352,10 +343,8 @@ def _comparable(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _same(one: Value, other: Value) -> bool:
-    """Whether they have the same values; NaN is the same as NaN."""
+    """True if both have the same values. NaN is the same as NaN."""
     if one is None or other is None:
         return one is other
     one, other = _comparable(one), _comparable(other)
-    return torch.equal(one, other) or (
-        one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
-    )
+    return one.shape == other.shape and torch.allclose(one, other, 0, 0, equal_nan=True)
