@@ -279,12 +279,12 @@ def _measured(x: torch.Tensor, weights: Weights, biases: Biases, final_relu: boo
     found = table.stretch(mode, kind, rows, (x.shape[-1], *[w.shape[0] for w in weights]), final_relu)
     if found is None:
         return None
-    stretch, how = found
+    entry, how = found
     figures = (
-        f"Measured {how}{' in one launch' if stretch.in_one else ''} for {mode}: {stretch.us:.4g} us against "
-        f"PyTorch's {stretch.torch_us:.4g}, on {stretch.source}."
+        f"Measured {how}{' in one launch' if entry.in_one else ''} for {mode}: {entry.us:.4g} us against "
+        f"PyTorch's {entry.torch_us:.4g}, on {entry.source}."
     )
-    return stretch.us < _LEAST_GAIN * stretch.torch_us, figures
+    return entry.us < _LEAST_GAIN * entry.torch_us, figures
 
 
 def _why_not_worth_it(

@@ -223,8 +223,8 @@ class TwoLaunches:
         nesterov = bool(recipe.groups[0].get("nesterov", False))
         network = kernels.Network(widths, recipe.loss, recipe.update, nesterov)
         scale = 1.0 if x.is_floating_point() else 1 / 255
-        # The second launch also does the optimizer's step: it updates the parameters and Adam's moments in place,
-        # see update in kernels/train_step/optimizers.py.
+        # The second launch also updates the parameters and Adam's moments, in place: see update in
+        # kernels/train_step/optimizers.py.
         parameters = _parameters_of(recipe, self._workspace.low_precision)
         x, y = x.detach().flatten(1).contiguous(), y.detach().contiguous()
         return kernels.Job(x, order, y, parameters, network, there, losses, self._workspace, scale)
