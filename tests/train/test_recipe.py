@@ -335,14 +335,19 @@ def patched_forward(twins: Twins, heard: Heard) -> Any:
     return put_back(module, "forward", mine)
 
 
-def patched_class(twins: Twins, heard: Heard) -> Any:
-    forward = nn.Linear.forward
+def patched(kind: type[nn.Module]) -> Any:
+    """The forward of this class is replaced for all its modules."""
 
-    def mine(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-        heard.append("forward")
-        return forward(self, input)
+    def patch(twins: Twins, heard: Heard) -> Any:
+        forward = kind.forward
 
-    return put_back(nn.Linear, "forward", mine)
+        def mine(self: nn.Module, *args: Any) -> torch.Tensor:
+            heard.append("forward")
+            return forward(self, *args)
+
+        return put_back(kind, "forward", mine)
+
+    return patch
 
 
 def patched_calls(twins: Twins, heard: Heard) -> Any:
@@ -411,7 +416,8 @@ LISTENERS: dict[str, Callable[[Twins, Heard], Any]] = {
     ),
     "patched step": patched_step,
     "patched forward": patched_forward,
-    "patched class": patched_class,
+    "patched Linear": patched(nn.Linear),
+    "patched loss": patched(nn.CrossEntropyLoss),
     "patched calls": patched_calls,
     "dispatch mode": lambda twins, heard: Listening(heard),
     "saved tensors": saved_tensors,
