@@ -38,7 +38,7 @@ def test_autograd_functional(vectorize: bool, compare: Any) -> None:
 
 @pytest.mark.capability(SECTION, "`gradcheck` and `gradgradcheck` in float64")
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-@pytest.mark.parametrize("fast_mode", [True, False])
+@pytest.mark.parametrize("fast_mode", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_gradcheck(fast_mode: bool, network: str, route: Route, device: torch.device) -> None:
     model = NETWORKS[network][0]().to(device, torch.float64)
     names = [name for name, _ in model.named_parameters()]

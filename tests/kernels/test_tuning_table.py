@@ -284,6 +284,7 @@ def test_the_users_table_needs_no_platformdirs(
     assert tuning_table.users_file(HERE).parent == folder
 
 
+@pytest.mark.slow
 @pytest.mark.kernels
 def test_a_later_process_finds_the_table_without_platformdirs(tmp_path: pathlib.Path) -> None:
     code = (

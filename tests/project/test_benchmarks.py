@@ -67,6 +67,7 @@ def fails(work: contestants.Work) -> contestants.Prepared:
     raise RuntimeError("this one cannot run\nfor a long reason")
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("case", SMALL, ids=str)
 @pytest.mark.parametrize("wrong", [almost, deaf])
 def test_what_is_wrong_has_no_time(case: Case, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,6 +316,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path: pathlib.Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text()) == found
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.kernels
 def test_numerics_of_the_kernels() -> None:
@@ -324,6 +326,7 @@ def test_numerics_of_the_kernels() -> None:
     assert run.stdout.endswith("14 of 14 cases done\n")
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.kernels
 def test_the_tuned_table_is_ready_to_ship_and_to_go_on_with(tmp_path: pathlib.Path) -> None:
@@ -414,6 +417,7 @@ def test_tuning_says_when_its_time_was_over(tmp_path: pathlib.Path) -> None:
     assert run.stdout.endswith("\n0 of 2 shapes done\n")
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.kernels
 def test_tuning_that_is_killed_leaves_a_table_of_the_shapes_before(tmp_path: pathlib.Path) -> None:
@@ -456,6 +460,7 @@ def test_profiles_are_written_one_by_one(
     assert capsys.readouterr().out.endswith("\n1 of 2 cases done\n")
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.kernels
 def test_the_forms_of_a_step_go_on_after_an_interrupt(tmp_path: pathlib.Path) -> None:
@@ -521,6 +526,7 @@ def test_memcheck_tells_what_was_found(
     assert said[-3:] == [f"memcheck: {verdict}", "3 of 7 cases done", "== ERROR SUMMARY: x"]
 
 
+@pytest.mark.slow
 def test_memcheck_passes_on_what_is_said_as_it_comes(tmp_path: pathlib.Path) -> None:
     slow = tool(
         tmp_path,

@@ -78,6 +78,7 @@ def test_the_folder_kernels_found_by_that_name_is_empty_and_says_what_it_is() ->
     assert "use 'from fusedmlp import kernels'" in attribute
 
 
+@pytest.mark.slow
 def test_transformers_works_in_the_checkout() -> None:
     """transformers looks for a package named kernels, and imports the one it finds to read its version."""
     pytest.importorskip("transformers", reason="transformers is not installed")
@@ -278,6 +279,7 @@ def suite(tmp_path: pathlib.Path, plugin: str, *arguments: str) -> str:
     return run.stdout
 
 
+@pytest.mark.slow
 def test_without_expecttest_pytorchs_own_tests_are_skipped(tmp_path: pathlib.Path) -> None:
     said = suite(
         tmp_path,
@@ -290,6 +292,7 @@ def test_without_expecttest_pytorchs_own_tests_are_skipped(tmp_path: pathlib.Pat
     assert " passed" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: there is no interpreter to set")
 def test_nothing_sets_the_interpreter_beside_a_gpu(tmp_path: pathlib.Path) -> None:
     """Triton 3.6's interpreter does not work with every NumPy, and users of a GPU do not run it."""

@@ -50,6 +50,7 @@ def go(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 # --- parts that go wrong, and time ---
 
 
+@pytest.mark.slow
 def test_a_part_that_crashes_or_hangs_loses_nothing(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], go: Callable[..., int]
 ) -> None:
@@ -117,6 +118,7 @@ def test_all_good_is_0(go: Callable[..., int]) -> None:
     assert go(part("one", "print(1)"), part("two", f"raise SystemExit({LEFT_OUT})")) == 0
 
 
+@pytest.mark.slow
 def test_it_ends_in_time_though_a_part_is_deaf(tmp_path: pathlib.Path, go: Callable[..., int]) -> None:
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     began = time.monotonic()
@@ -189,6 +191,7 @@ def test_a_log_keeps_the_beginning_and_the_end_of_each_section(tmp_path: pathlib
     assert len(text) - len(note) + cut == said
 
 
+@pytest.mark.slow
 def test_a_part_that_says_too_much_does_not_fill_the_disk(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, go: Callable[..., int]
 ) -> None:
@@ -205,6 +208,7 @@ def test_a_part_that_says_too_much_does_not_fill_the_disk(
 # --- what the parts' processes find ---
 
 
+@pytest.mark.slow
 def test_the_parts_find_the_package_without_an_install(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

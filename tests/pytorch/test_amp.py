@@ -185,6 +185,7 @@ def factor_of(dtype: torch.dtype, device: torch.device) -> float:
     return 8.0 if dtype is torch.bfloat16 and device.type == "cpu" else 4.0
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", HALVES, ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
 @pytest.mark.parametrize("name", MODELS)

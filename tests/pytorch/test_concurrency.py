@@ -216,7 +216,9 @@ class Features(Dataset[Any]):
     SECTION, "`DataLoader` workers by fork, spawn and forkserver, a fused model in them too"
 )
 @pytest.mark.parametrize(
-    "context", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)], indirect=True
+    "context",
+    ["fork", *(pytest.param(name, marks=pytest.mark.slow) for name in ("spawn", "forkserver"))],
+    indirect=True,
 )
 def test_data_loaders(context: Any, route: compatibility.Route, device: torch.device) -> None:
     data = Features(step("MLP", 1).model, route.kernels)

@@ -281,6 +281,7 @@ def test_many_writers_at_once_lose_nothing(users_file: pathlib.Path) -> None:
     assert len(on_disk(users_file).products) == 60
 
 
+@pytest.mark.slow
 @pytest.mark.kernels
 def test_a_killed_writer_leaves_the_old_table(users_file: pathlib.Path) -> None:
     fusedmlp.tune([(8, 16, 16)], torch.float32)
