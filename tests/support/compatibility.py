@@ -223,7 +223,7 @@ def table(reports: list[pytest.TestReport]) -> str:
             ]
             before = section
         plain = str(routes[False])
-        cpu = "works" if plain.startswith("PyTorch") else plain
+        cpu = "works" if plain.startswith(("PyTorch", "fused")) else plain
         lines.append(f"| {name} | {routes[True]} | {cpu} |")
     lines += ["", "## Notes", "", "| Note | Meaning |", "|---|---|"]
     lines += [f"| {label} | {note} |" for label, _, note in _NOTES]
