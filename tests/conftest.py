@@ -24,6 +24,7 @@ atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 torch.set_num_threads(1)  # pytest-xdist uses the cores, and results must not depend on the order of sums
 
 
+pytest.register_assert_rewrite("converted", "inspected")  # their asserts then tell what differs
 pytest_plugins = ["card", "compatibility", "failing", "networks"]
 
 

@@ -1,0 +1,134 @@
+"""Models that the tests of fuse and unfuse convert, and what they compare of them."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_right
+from torch import nn as tnn
+from torch.nn import functional as F
+
+import fusedmlp
+from fusedmlp.convert import Row, pending_relu, report, unfuse
+
+
+class Net(tnn.Module):
+    """fc1 and ReLU in the forward, then a Sequential with a pair of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = tnn.Linear(5, 6)
+        self.tail = tnn.Sequential(tnn.Linear(6, 4), tnn.ReLU(), tnn.Linear(4, 3))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.tail(F.relu(self.fc1(x)))
+
+
+class Custom(tnn.Module):
+    """fc, act and whatever a test wants its forward to be."""
+
+    def __init__(self, inplace: bool = False, **attributes: Any) -> None:
+        super().__init__()
+        self.act = tnn.ReLU(inplace)
+        self.fc, self.other = tnn.Linear(5, 5), tnn.Linear(5, 5)
+        self.__dict__.update(attributes)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.code(self, x)
+
+
+class Blocks(tnn.Sequential):
+    """A Sequential subclass without its own forward, as torchvision's are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(tnn.Linear(5, width), tnn.ReLU(), tnn.Linear(width, 3))
+        self.width = width
+
+
+class Reverse(torch.autograd.Function):
+    """As domain adaptation uses it: forward gives back what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return -grads[0]
+
+
+class Clipped(torch.autograd.Function):
+    """ReLU as tutorials write it, but with another gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return 3 * grads[0]
+
+
+def custom(code: Callable[[Any, torch.Tensor], Any], **attributes: Any) -> Custom:
+    return Custom(code=code, **attributes)
+
+
+def row(model: tnn.Module, name: str) -> Row:
+    (found,) = (row for row in report(model).rows if name in row.names)
+    return found
+
+
+def state(model: tnn.Module) -> Any:
+    """Everything that fuse and unfuse together must leave as it was."""
+    return (
+        repr(model),
+        list(model.state_dict()),
+        [(name, id(p), p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)],
+        [(name, id(b)) for name, b in model.named_buffers()],
+        [(type(m), m.training, [(k, id(v)) for k, v in m.__dict__.items()]) for m in model.modules()],
+    )
+
+
+def run(model: tnn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output and all gradients."""
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(7)
+    model.zero_grad()
+    y = model(leaf)
+    (y if isinstance(y, torch.Tensor) else sum(y)).square().sum().backward()
+    tensors = [y, leaf.grad, *(p.grad for p in model.parameters())]
+    return [t.detach().clone() for t in tensors if isinstance(t, torch.Tensor)]
+
+
+def assert_same_bits(ours: list[torch.Tensor], torchs: list[torch.Tensor]) -> None:
+    assert len(ours) == len(torchs)
+    assert all(map(torch.equal, ours, torchs))
+
+
+@contextlib.contextmanager
+def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Counts the pairs of a forward that run as one."""
+    calls: list[int] = []
+    output = pending_relu._DeferredOutput
+    of = output.of
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "of", staticmethod(lambda *a: (calls.append(1), of(*a))[1]))
+        yield calls
+
+
+def assert_right_on_kernels(
+    model: tnn.Module, x: torch.Tensor, runner: Callable[..., list[torch.Tensor]] = run
+) -> list[torch.Tensor]:
+    """Of a fused model under backend("triton"), against the same model unfused and in float64."""
+    plain = unfuse(model, inplace=False)
+    exact = runner(copy.deepcopy(plain).double(), x.double())
+    torchs = runner(plain, x)
+    with fusedmlp.backend("triton"):
+        ours = runner(model, x)
+    assert len(ours) == len(torchs) == len(exact)
+    for i, tensors in enumerate(zip(ours, torchs, exact, strict=True)):
+        assert_right(*tensors, what=f"tensor {i}")
+    return ours
