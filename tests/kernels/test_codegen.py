@@ -1,9 +1,10 @@
-"""Cross-compile gate: the machine code of every kernel, with every tile that ships, for three chips.
+"""Every kernel is cross-compiled with every tile that ships, for three chips; its machine code is checked.
 
-By default one build of each kernel for one chip; ``pytest -m slow`` compiles the rest.
+By default each kernel is built once for one chip; ``pytest -m slow`` compiles the rest.
 
-Triton checks none of this, and each is a cliff: a product off the tensor cores, registers spilled to memory,
-wgmma instructions that ptxas serialised (its notes C7510 to C7516), a body replaced by a trap.
+Triton does not check for these problems, each of which makes a kernel fail or much slower: a product that
+does not use the tensor cores, registers spilled to memory, wgmma instructions that ptxas serialised (its
+notes C7510 to C7516), a body replaced by a trap.
 """
 
 import itertools
@@ -28,7 +29,7 @@ KERNELS = [
     "narrow_forward",
     "narrow_backward",
 ]
-STEPS = ["step_rows", "step_weights", "steps"]  # tiles too small for wgmma and tcgen05: mma on every chip
+STEPS = ["step_rows", "step_weights", "steps"]  # too small for wgmma and tcgen05: mma on every chip
 
 EVERY = [
     *itertools.product(KERNELS + STEPS, (80, 90, 100)),
@@ -42,8 +43,8 @@ def problems(build: dict[str, Any], arch: int) -> list[str]:
     """What is wrong with one build, in words."""
     found = []
     multiply = build["multiply"]
-    # A narrow chain's block of few rows is less than the instructions of sm_90 and sm_100 take, and so are
-    # the training step's tiles.
+    # The instructions of sm_90 and sm_100 need at least 64 rows. Some blocks of narrow chains have fewer, and
+    # so have the tiles of the training step.
     few = build["name"].startswith("narrow") and build["rows"] < 64
     few = few or build["name"].startswith("step")
     wanted = ("FFMA", "FFMA2") if build["kind"] == "ieee" else TENSOR_CORE[80 if few else arch]
@@ -51,10 +52,10 @@ def problems(build: dict[str, Any], arch: int) -> list[str]:
         found.append(f"none of {wanted} in {sorted(multiply)}")
     # Tiles are not chosen by chip, so each must fit on every chip.
     found += too_much(build, SMALLEST_SHARED_MEMORY)
-    # The launcher counts on the table for how many programs fit; the odd bytes are barriers.
+    # The launcher takes from the table how many programs fit. The table leaves out the bytes of barriers.
     if build["table_says"] is not None and build["shared_memory"] > build["table_says"] + 1024:
         found.append(f"{build['shared_memory']} bytes of shared memory, {build['table_says']} in the table")
-    # FFMA2 is two multiplications of PTX.
+    # One FFMA2 does two multiplications of PTX.
     if build["instructions"] < max(50, sum(multiply.get(name, 0) for name in wanted) // 2):
         found.append(f"a body of {build['instructions']} instructions")
     return found

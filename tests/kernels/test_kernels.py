@@ -1,4 +1,4 @@
-"""Every launcher against float64: on the GPU if there is one, else in Triton's interpreter."""
+"""Every launcher is compared with float64, on the GPU if there is one, else in Triton's interpreter."""
 
 import itertools
 import subprocess
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.kernels
 aten = torch.ops.aten
 INTERPRETED = not torch.cuda.is_available()
 
-# (M, N, K): one of each, odd ones, one row, the edges of tiles, MNIST's, several tiles each way, rows enough
-# to be cut into parts, none
+# (M, N, K): sizes of 1, unaligned sizes, one row, MNIST's sizes, tiles filled exactly and in part, several
+# tiles in each direction, enough rows to be split into parts, and sizes of 0
 SHAPES = [
     (1, 1, 1),
     (1, 10, 784),
@@ -39,7 +39,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(params=["few multiprocessors", "many multiprocessors"])
 def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large tiles and long persistent loops, or small tiles and split sums, whatever the machine."""
+    """Few multiprocessors: large tiles and long persistent loops; many: small tiles and split sums."""
     from fusedmlp.kernels import launch
 
     sms = 2 if request.param == "few multiprocessors" else 40
@@ -47,7 +47,7 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def launch(launcher: str, *arguments: Any, **options: Any) -> Any:
-    """A launcher's result, its sums over rows added up."""
+    """Return a launcher's result, after its partial sums over rows have been added up."""
     from fusedmlp.kernels import launch, partial_sums
     from fusedmlp.kernels.layer import forward, grad_input, grad_weight, relu_backward
 
@@ -105,7 +105,7 @@ class Plain:
 
 
 def run(launcher: str, *arguments: Any, **options: Any) -> Any:
-    """The launcher's result, its arguments untouched, its outputs wholly written and nothing past them."""
+    """Run a launcher and check that it writes all of its outputs and nothing else."""
     given = tensors_of(arguments)
     versions, before = [t._version for t in given], [t.clone() for t in given]
     with Canaries() as canaries:
@@ -120,7 +120,7 @@ def run(launcher: str, *arguments: Any, **options: Any) -> Any:
 
 
 def check(launcher: str, *arguments: Any, **options: Any) -> None:
-    """A launcher against plain torch, in the same dtype and in float64."""
+    """Compare a launcher with plain torch, in the same dtype and in float64."""
     plain = getattr(Plain, launcher)
     dtype = tensors_of(arguments)[0].dtype
     ours = tensors_of([run(launcher, *arguments, **options)])
@@ -166,7 +166,7 @@ def test_backward(M: int, N: int, K: int, dtype: torch.dtype, device: torch.devi
 def test_grouped_weight_gradients(
     widths: tuple[int, ...], M: int, dtype: torch.dtype, device: torch.device, chip: None
 ) -> None:
-    """One launch for all layers, whatever their sizes, and the last one's bias gradient with them."""
+    """One launch computes the weight gradients of all layers, and the bias gradient of the last one."""
     layers = [
         (torch.randn(M, N, device=device, dtype=dtype), torch.randn(M, K, device=device, dtype=dtype))
         for K, N in itertools.pairwise(widths)
@@ -178,7 +178,7 @@ def test_grouped_weight_gradients(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("counts", [(0, 1, 2), (2, 33, 1), (2, 1, 600)])
 def test_adding_up(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Sums of any size and of any number of parts, more of them than go in one launch."""
+    """Sums may have any size and any number of parts, and there may be more than fit in one launch."""
     from fusedmlp.kernels import partial_sums
 
     shapes = [(parts, *size) for parts in counts for size in ((1,), (70,), (3, 9), (0,))] * 3
@@ -187,7 +187,7 @@ def test_adding_up(counts: tuple[int, ...], dtype: torch.dtype, device: torch.de
     outs = [torch.full(shape[1:], float("nan"), device=device, dtype=dtype) for shape in shapes]
     partial_sums.add_up(list(zip(partials, outs, strict=True)))
     for parts, out in zip(partials, outs, strict=True):
-        # The interpreter adds a block's parts one after the other; PyTorch and a GPU add them as a tree.
+        # The interpreter adds a block's parts one by one; PyTorch and a GPU add them as a tree.
         floor = 16 * torch.finfo(torch.float32).eps
         assert_right(out, parts.sum(0).to(dtype), parts.double().sum(0), str(tuple(parts.shape)), floor=floor)
 
@@ -209,7 +209,7 @@ def test_strides(layout: str, dtype: torch.dtype, device: torch.device) -> None:
             return torch.ones(1, device=device, dtype=dtype).expand(rows, columns)
         if layout == "one column":
             return torch.randn(rows, 1, device=device, dtype=dtype).expand(rows, columns)
-        if layout == "offset":  # starts on no 16 bytes, rows of an odd length
+        if layout == "offset":  # unaligned: starts 1 element late
             return torch.randn(rows * columns + 1, device=device, dtype=dtype)[1:].view(rows, columns)
         return surrounded(torch.randn(rows, columns, device=device, dtype=dtype))
 
@@ -220,12 +220,12 @@ def test_strides(layout: str, dtype: torch.dtype, device: torch.device) -> None:
     check("relu_backward", grad, y, True)
     check("relu_backward", grad, None, True)
     check("grad_input", grad, weight, below, True)
-    if layout in ("surrounded", "offset"):  # rows side by side, as mlp_backward brings them
+    if layout in ("surrounded", "offset"):  # mlp_backward passes only row-major tensors
         check("grad_weights", [(grad, x)], grad)
 
 
 def test_nan_and_infinity_follow_torch(device: torch.device) -> None:
-    """relu keeps NaN; its gradient is 0 where y <= 0 and passed elsewhere, also where y is NaN."""
+    """relu keeps NaN. Its gradient is 0 where y <= 0 and passes elsewhere, also where y is NaN."""
     nan, inf = float("nan"), float("inf")
     x = torch.tensor([[nan, 1.0], [1.0, -1.0], [inf, 1.0], [-inf, 1.0], [0.0, 0.0]], device=device)
     check("linear_forward", x, torch.randn(3, 2, device=device), torch.randn(3, device=device), True)
@@ -239,7 +239,7 @@ def test_nan_and_infinity_follow_torch(device: torch.device) -> None:
 
 
 def test_infinite_weights_do_not_reach_the_sums_from_beyond_the_last_row(device: torch.device) -> None:
-    """0 * inf is NaN, and a tile has rows that the tensor has not."""
+    """A tile reaches past the last row, and 0 * inf there would be NaN."""
     weight = torch.full((16, 16), float("inf"), device=device)
     grad, y = torch.ones(5, 16, device=device), torch.ones(5, 16, device=device)
     assert run("grad_input", grad, weight, y, True)[1].isinf().all()
@@ -252,7 +252,7 @@ def test_large_bias_is_added_last(device: torch.device) -> None:
 
 
 def test_forward_rounds_once(device: torch.device) -> None:
-    """All but the few values within float32's error of a tie are float64's, rounded once."""
+    """Almost all values are float64's rounded once; float32's error matters only next to a tie."""
     x, weight, bias = (torch.randn(s, device=device).half() for s in ((64, 96), (80, 96), (80,)))
     y = run("linear_forward", x, weight, bias, True)
     exact = reference.linear_forward(x.double(), weight.double(), bias.double(), True)
@@ -278,7 +278,7 @@ def test_same_bits_every_time(dtype: torch.dtype, device: torch.device, chip: No
 
 @pytest.mark.parametrize("pitch", [2**21, 2**26], ids=["aligned", "huge strides"])
 def test_offsets_past_31_bits(pitch: int, device: torch.device) -> None:
-    """Rows so far apart that a 32-bit offset would wrap; only the pages with rows in them become memory."""
+    """The rows are so far apart that a 32-bit offset would wrap. Only pages that hold rows take memory."""
     rows = 2**31 // pitch + 6
     far = torch.empty(rows * pitch, dtype=torch.float16, device=device).view(rows, pitch)
     x, grad = far[:, :16], far[:, 16:48]
@@ -304,7 +304,7 @@ def test_a_bias_of_huge_strides(device: torch.device) -> None:
     assert torch.equal(launch("linear_forward", x, weight, bias, True)[0], bias)
 
 
-# What torch is told about float32 products -> the arithmetic of the kernels.
+# Each setting of torch for float32 products -> the arithmetic that the kernels use.
 SETTINGS = {
     "": "ieee",
     "torch.backends.cuda.matmul.allow_tf32 = True": "tf32",
@@ -317,7 +317,7 @@ SETTINGS = {
 
 
 def test_float32_arithmetic_follows_torchs_settings() -> None:
-    """Each in a process of its own: the settings are global, and their old and new forms do not mix."""
+    """Each setting gets its own process: they are global, and old and new forms cannot be mixed."""
     code = (
         "import os, torch\n"
         "from fusedmlp.kernels.launch import arithmetic\n"
@@ -360,8 +360,8 @@ def test_tf32_follows_torchs_setting(device: torch.device) -> None:
     assert errors["tf32"] > 10 * errors["ieee"]
 
 
-def test_aligned_is_what_the_large_tiles_were_compiled_for() -> None:
-    """Aligned for 16-byte copies as Triton sees it, and small enough for 32-bit offsets within a tile."""
+def test_what_counts_as_aligned() -> None:
+    """Aligned means: Triton can copy 16 bytes at once, and offsets within a tile fit in 32 bits."""
     from fusedmlp.kernels.launch import is_aligned, is_aligned_tensor
 
     x = torch.empty(8, 64, dtype=torch.float16)

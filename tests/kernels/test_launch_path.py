@@ -1,13 +1,13 @@
 """The launch path without a GPU: Triton's own JIT, compiler and C launcher, down to the call of the driver.
 
-The driver is tests/support/libcuda_stub.c, which the C compiler makes a libcuda of. Every launcher of
-kernels/ is called as the package calls it (tests/support/launch_cases.py): users compile the same kernels.
-Each build is held to the limits of the chip, and each launch that reaches the driver to what the launcher
-meant: grid, block, shared memory, attributes and the value of every parameter.
+The driver is tests/support/libcuda_stub.c, compiled as libcuda. Every launcher of kernels/ is called as the
+package calls it (tests/support/launch_cases.py), so the same kernels are compiled as for users. Each build is
+checked against the limits of the chip. Each launch that reaches the driver is checked against what the
+launcher asked for: grid, block, shared memory, attributes and the value of every parameter.
 
-Every kernel is launched on every chip that can run it. What else specialises one (TF32, sizes of 1, a
-transposed x, inference, more layers) is built for some chips only, mostly sm_80 or sm_90. By default one chip
-is tested; ``pytest -m slow`` tests the other five.
+Every kernel is launched on every chip that can run it. Other specialisations (TF32, sizes of 1, a transposed
+x, inference, more layers) are built for some chips only, mostly sm_80 or sm_90. By default one chip is
+tested; ``pytest -m slow`` tests the other five.
 """
 
 import json
@@ -24,7 +24,7 @@ from available import HAS_TRITON
 from machine_code import SHARED_MEMORY, too_much
 
 SUPPORT = pathlib.Path(__file__).parents[1] / "support"
-# The compilers that Triton looks for; cc as well, which is what the others are where they are missing.
+# Triton looks for gcc and clang; some machines have only cc.
 COMPILER = os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
 
 pytestmark = [
@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="there is no C compiler for the stub and Triton's launcher"),
 ]
 
-COOPERATIVE = {"_steps_kernel"}  # whose programs wait for each other
+COOPERATIVE = {"_steps_kernel"}  # the programs of these kernels wait for each other
 
 Run = Callable[..., list[dict[str, Any]]]
 
@@ -71,16 +71,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_script
 
 
-# The spills that the oldest and the newest Triton leave, in bytes, by Triton's version and chip. Such a
-# kernel computes what it should and takes longer. The test fails when one is gone or another one appears.
-# _step_rows_kernel: with odd widths it needs two registers more than a thread has.
+# The known spills of the oldest and the newest Triton, in bytes, by Triton's version and chip. A kernel that
+# spills is right but slower. The test fails when one of these spills disappears or another one appears.
+# _step_rows_kernel: with unaligned widths it needs two registers more than a thread has.
 ODD_STEP = "step, bfloat16, SGD, squared error, odd, _step_rows_kernel"
 SPILLED: dict[tuple[str, int], dict[str, int]] = {("3.8", 120): {ODD_STEP: 8}}
 TRITONS = ("3.6", "3.8")  # for which SPILLED is complete
 MAY_SPILL = {name for spilled in SPILLED.values() for name in spilled}
 
 
-# By default the chip of which fewest builds show every kernel, tensor descriptors and dependent launches.
+# On the default chip the fewest builds cover every kernel, tensor descriptors and dependent launches.
 @pytest.mark.parametrize(
     "arch", [arch if arch == 100 else pytest.param(arch, marks=pytest.mark.slow) for arch in SHARED_MEMORY]
 )
@@ -97,7 +97,7 @@ def test_every_launcher(arch: int, run: Run, record_property: Callable[[str, obj
     ]
     if version in TRITONS:
         known = [f"{name}: {count} bytes spilled" for name, count in SPILLED.get((version, arch), {}).items()]
-    else:  # Another release may spill another number of bytes there.
+    else:  # Other releases may spill other numbers of bytes in these builds.
         known = [one for one in wrong if "spilled" in one and one.rpartition(":")[0] in MAY_SPILL]
     wrong += [f"{one['case']}, {one['launch']}: {found}" for one in launches for found in one["wrong"]]
     new, mended = set(wrong) - set(known), set(known) - set(wrong)
@@ -106,19 +106,19 @@ def test_every_launcher(arch: int, run: Run, record_property: Callable[[str, obj
     assert {one["launch"] for one in launches} == set(lines[-1]["kernels"])
 
     assert {one["launch"] for one in launches if one["cooperative"]} == COOPERATIVE
-    # Programmatic dependent launch of the step's two phases.
+    # The two phases of a step use programmatic dependent launch.
     dependent = {one["launch"] for one in launches if one["dependent"]}
     assert dependent == ({"_step_rows_kernel", "_step_weights_kernel"} if arch >= 90 else set())
 
-    # build_step compiles all that train_step launches. It launches nothing: what reached the driver is what
-    # launchers asked for.
+    # build_step compiles every kernel that train_step launches, and launches none itself: the driver sees
+    # only what the launchers asked for.
     ahead = {build["build"]: build["ahead"] for build in builds if "built ahead" in build["case"]}
     assert ahead == {"_step_rows_kernel": True, "_step_weights_kernel": True}
     assert [one["launch"] for one in launches if "built ahead" in one["case"]] == list(ahead)
     assert lines[-1]["reached the driver"] == len(launches)
 
 
-# What is refused -> what Triton raises, with its base classes, and a part of what that says.
+# What is refused -> Triton's exception with its base classes, and a part of its message.
 REFUSALS = {
     "launch fails": (["RuntimeError", "Exception"], "Triton Error [CUDA]: unspecified launch failure"),
     "no memory": (["RuntimeError", "Exception"], "Triton Error [CUDA]: out of memory"),
@@ -130,7 +130,7 @@ REFUSALS = {
     "ptxas fails": (["PTXASError", "TritonError", "Exception"], "no-such-option"),
 }
 NOT_REFUSED = {"the same kernel again"}
-# What the stub refuses, as the driver does.
+# What the stub refuses, like the driver -> the error's text.
 STUB_REFUSES = {
     "grid": "invalid argument",
     "shared memory of a launch": "invalid argument",
@@ -141,7 +141,7 @@ STUB_REFUSES = {
 
 
 def test_refusals(run: Run) -> None:
-    """What a launcher raises, what that is caused by, and that a launch works afterwards."""
+    """A refused launch raises the right exception with the right cause, and the next launch works."""
     lines = {line["refused"]: line for line in run("refusals", "80")}
     assert lines.keys() == REFUSALS.keys() | STUB_REFUSES.keys() | NOT_REFUSED
     for what, (classes, says) in REFUSALS.items():

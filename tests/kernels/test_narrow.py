@@ -1,4 +1,4 @@
-"""Narrow chains in one launch, forward and backward, against float64; and when they are run so."""
+"""Narrow chains in one launch are compared with float64; and the rule that chooses one launch is tested."""
 
 import itertools
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ TABLES = {
 
 
 def chain(device: torch.device, M: int, widths: Sequence[int], dtype: torch.dtype) -> Any:
-    """x, weights and biases; every third layer has none."""
+    """x, weights and biases. Every third layer has no bias."""
     sizes = list(itertools.pairwise(widths))
     x = torch.randn(M, widths[0], device=device, dtype=dtype)
     weights = [(torch.randn(N, K, device=device) / K**0.5).to(dtype) for K, N in sizes]
@@ -44,7 +44,7 @@ def chain(device: torch.device, M: int, widths: Sequence[int], dtype: torch.dtyp
 
 
 def untouched(function: Any, *arguments: Any) -> Any:
-    """The function's result, its arguments as before, its outputs wholly written and nothing past them."""
+    """Call a function and check that it writes all of its outputs and nothing else."""
     given = tensors_of(arguments)
     before = [t.clone() for t in given]
     with Canaries() as canaries:
@@ -71,7 +71,7 @@ def backward(
     need_b: Any,
     form: Form,
 ) -> Any:
-    """grad_x, of each layer grad_z, and the bias gradients."""
+    """Return grad_x, grad_z of each layer, and the bias gradients."""
     sums: Any = []
     given = narrow_backward.Chain(
         grad, activations, weights, final_relu, need_x, need_w, need_b, launch.setting_of(grad), sums
@@ -83,7 +83,7 @@ def backward(
 
 
 def plain_backward(grad: Any, activations: Any, weights: Any, final_relu: bool) -> Any:
-    """The same in plain torch, of everything; of a last layer without a ReLU no bias gradient."""
+    """All gradients in plain torch, except the bias gradient of a last layer without a ReLU."""
     grads_z, grads_b = [], []
     last = len(weights) - 1
     for i in range(last, -1, -1):
@@ -102,7 +102,7 @@ def check_forward(arguments: Any, final_relu: bool, keep: int, form: Form) -> No
     assert len(ours) == len(exact)
     dtype = arguments[0].dtype
     for i, (our, its, right) in enumerate(zip(ours, torchs, exact, strict=True)):
-        # Several products follow one another here, and PyTorch's own error is at times a lucky one.
+        # Errors add up over several products, and PyTorch's own error is sometimes small by chance.
         assert_right(our, its, right, f"y {keep + i} {dtype}", **({"factor": 3.0} | bounds(dtype)))
 
 
@@ -133,7 +133,7 @@ WIDTHS = [
     (127, 1, 7, 10),
     (16, 127),
     (10, 16, 100),
-    (33, 32, 16, 7, 10, 1, 64, 16, 5),  # as deep as it goes
+    (33, 32, 16, 7, 10, 1, 64, 16, 5),  # the largest depth
 ]
 
 
@@ -145,7 +145,7 @@ def test_forward_and_backward(
     table: str, widths: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     form = TABLES[table][KIND[dtype]]
-    if dtype == torch.bfloat16:  # which the interpreter truncates, layer after layer
+    if dtype == torch.bfloat16:  # the interpreter truncates to bfloat16, and the errors of many layers add up
         widths = widths[:5]
     for M, final_relu in ((1, False), (7, True), (127, False)):
         arguments = chain(device, M, widths, dtype)
@@ -177,7 +177,7 @@ def test_strides(layout: str, table: str, device: torch.device) -> None:
             wide = t.new_full((2 * rows, 3 * columns), float("nan"))
             wide[::2, ::3] = t
             return wide[::2, ::3]
-        if layout == "offset":  # starts on no 16 bytes, rows of an odd length
+        if layout == "offset":  # unaligned: starts 1 element late
             flat = t.new_empty(rows * columns + 1)
             flat[1:] = t.flatten()
             return flat[1:].view(rows, columns)
@@ -192,7 +192,7 @@ def test_strides(layout: str, table: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_what_is_not_needed(table: str, device: torch.device) -> None:
+def test_every_combination_of_needed_gradients(table: str, device: torch.device) -> None:
     x, weights, biases = chain(device, 20, (20, 16, 33, 5), torch.float32)
     form = TABLES[table]["ieee"]
     ys = reference.mlp_forward(x, weights, biases, True, 0)
@@ -215,7 +215,7 @@ def test_what_is_not_needed(table: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_nan_and_infinity_follow_torch(table: str, device: torch.device) -> None:
-    """Of odd widths, so that what is past an edge could reach what is not."""
+    """The widths are unaligned, so values past an edge could spoil results if they were not masked."""
     nan, inf = float("nan"), float("inf")
     form = TABLES[table]["ieee"]
     x, weights, biases = chain(device, 5, (3, 5, 7, 4), torch.float32)
@@ -253,7 +253,7 @@ def test_same_bits_every_time(dtype: torch.dtype, table: str, device: torch.devi
 
 
 def test_offsets_past_31_bits(device: torch.device) -> None:
-    """Rows so far apart that a 32-bit offset would wrap; only the pages with rows in them become memory."""
+    """The rows are so far apart that a 32-bit offset would wrap. Only pages that hold rows take memory."""
     pitch = 2**21
     rows = 2**31 // pitch + 70
     far = torch.empty(rows * pitch, dtype=torch.float16, device=device).view(rows, pitch)
@@ -288,7 +288,7 @@ def test_huge_strides_and_unusual_activations_go_layer_by_layer(device: torch.de
 
 
 def test_which_form() -> None:
-    """By rows, widths and alignment; too many or too wide layers have none."""
+    """The form depends on rows, widths and alignment. There is none for too many or too wide layers."""
     sms = 132
     for kind in ITEMSIZE:
         mnist, wide = (784, 128, 10), (784, 256, 10)
@@ -310,7 +310,7 @@ def test_which_form() -> None:
 
 
 def taken(M: int, widths: tuple[int, ...], kind: str = "half", keep: int | None = None) -> bool:
-    """Whether the rule takes one launch for the forward, on 132 multiprocessors."""
+    """Whether the rule chooses one launch for the forward, on 132 multiprocessors."""
     form = select_form(M, widths, kind, True, True, 132)
     if form is None:
         return False
@@ -320,8 +320,12 @@ def taken(M: int, widths: tuple[int, ...], kind: str = "half", keep: int | None 
     return wins(form, M, weights, len(hidden), columns, ITEMSIZE[kind], 132)
 
 
-def test_the_rule() -> None:
-    """Few rows: launches against the weights that one program reads. Many: memory against the cache."""
+def test_when_one_launch_is_chosen() -> None:
+    """One launch pays off if it saves more than it costs.
+
+    With few rows it saves launches; with many rows it saves reads and writes of memory. Its cost is that
+    every program reads all weights from the cache.
+    """
     assert taken(128, (784, 128, 10))
     assert taken(128, (784, 256, 128, 10))
     assert not taken(128, (784, 256, 10))
@@ -329,12 +333,12 @@ def test_the_rule() -> None:
     assert not taken(128, (784, 256, 128, 10), "ieee")  # twice the bytes
     assert taken(2**20, (64, 64, 64, 64))
     assert taken(2**20, (128, 128, 128, 128))
-    assert not taken(2**20, (784, 128, 10))  # the first layer is most of it
-    assert not taken(2**20, (128, 128, 128, 128), keep=0)  # the hidden activations are written anyway
+    assert not taken(2**20, (784, 128, 10))  # most of the work is in the first layer
+    assert not taken(2**20, (128, 128, 128, 128), keep=0)  # the hidden activations must be written anyway
     assert taken(2**20, (64, 64, 64, 64), keep=0)
 
 
-def test_what_was_measured_layer_by_layer_goes_so(
+def test_a_chain_measured_layer_by_layer_runs_layer_by_layer(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weights, biases = chain(device, 8, (16, 32, 16), torch.float32)

@@ -27,7 +27,7 @@ kinds = st.sampled_from(list(TILES))
 def test_every_choice_ships(rows: int, cols: int, kind: str, aligned: bool, sms: int, splits: int) -> None:
     tile = select_tile([(rows, cols)], kind, aligned, sms, splits)
     assert tile in (TILES[kind] if aligned else (UNALIGNED[kind],))
-    if aligned and tile != TILES[kind][-1]:  # a large one, so: not mostly empty, and work for everyone
+    if aligned and tile != TILES[kind][-1]:  # a large tile is at least half full and occupies the chip
         assert 2 * rows > tile.BLOCK_R
         assert 2 * cols > tile.BLOCK_C
         assert count_tiles([(rows, cols)], tile) * splits >= sms
@@ -46,7 +46,7 @@ def test_large_products_get_large_tiles_and_narrow_ones_small() -> None:
     assert select_tile([(8192, 8192)], "half", True, 132) == TILES["half"][0]
     assert select_tile([(8192, 10)], "half", True, 132) == TILES["half"][-1]
     assert select_tile([(256, 256)], "half", True, 132) == TILES["half"][-1]
-    # The reduction can be cut instead: the large tile reads each operand half as often.
+    # If the reduction can be split, large tiles are better: they read each operand half as often.
     assert select_tile([(256, 256)], "half", True, 132, most_splits(65536)) == TILES["half"][0]
 
 
@@ -54,8 +54,8 @@ def test_every_tile_fits_every_chip() -> None:
     for table in (TILES, {kind: (tile,) for kind, tile in UNALIGNED.items()}):
         for kind, tiles in table.items():
             for tile in tiles:
-                assert tile.shared_memory(ITEMSIZE[kind]) + 1024 <= 99 * 1024  # 1 KB for barriers
-                # tl.dot and tl.arange want powers of two, and tl.dot at least 16
+                assert tile.shared_memory(ITEMSIZE[kind]) + 1024 <= 99 * 1024  # barriers take 1 KB
+                # tl.dot and tl.arange need powers of two, and tl.dot at least 16
                 for block in (tile.BLOCK_R, tile.BLOCK_C, tile.BLOCK_K):
                     assert block >= 16
                     assert block & (block - 1) == 0

@@ -1,4 +1,4 @@
-"""The training step in two launches, and its persistent form, against torch.optim in float64."""
+"""The training step, in two launches and in its persistent form, is compared with torch.optim in float64."""
 
 import copy
 import itertools
@@ -22,7 +22,7 @@ KINDS = {"SGD": "sgd", "Adam": "adam", "AdamW": "adamw"}
 
 
 class Guards:
-    """Puts tensors between canaries: what is written past an end shows."""
+    """Puts tensors between canaries, which detect writes past an end."""
 
     PAD, CANARY = 2**14, 77.0
 
@@ -42,7 +42,7 @@ class Guards:
 
 
 class Training(NamedTuple):
-    """A model with an optimizer that has made a step, and what to train it on."""
+    """A model, an optimizer that has made one step, and the data."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -79,7 +79,7 @@ def training(
 
 
 def in_torch(given: Training, batches: list[slice], dtype: torch.dtype, scale: float) -> tuple[Training, Any]:
-    """The same steps by autograd and torch.optim: model and optimizer afterwards, and the losses."""
+    """Train with autograd and torch.optim, on copies; return model, optimizer and losses."""
     model = copy.deepcopy(given.model).to(dtype)
     optimizer = type(given.optimizer)(model.parameters())
     optimizer.load_state_dict(copy.deepcopy(given.optimizer.state_dict()))
@@ -123,7 +123,7 @@ def on_kernels(
     index_dtype: torch.dtype | None = torch.int64,
     record: list[torch.Tensor] | None = None,
 ) -> tuple[Training, torch.Tensor]:
-    """The same steps by our launches, in a workspace full of NaN, on copies of model and optimizer."""
+    """Train with our kernels, on copies of model and optimizer, in a workspace filled with NaN."""
     from fusedmlp.kernels.train_step import persistent as persistent_form
     from fusedmlp.kernels.train_step import step
 
@@ -186,32 +186,32 @@ def on_kernels(
 
 
 def all_of(given: Training) -> list[torch.Tensor]:
-    """Parameters and state, in order."""
+    """All parameters, then all optimizer state."""
     parameters = list(given.model.parameters())
     state = [t for p in parameters for t in given.optimizer.state[p].values() if t is not None and t.dim()]
     return [p.detach() for p in parameters] + state
 
 
 def check(given: Training, batches: list[slice], scale: float = 1.0, **how: Any) -> None:
-    """Losses, parameters and state against the same steps of PyTorch's, in float32 and in float64."""
+    """Compare losses, parameters and state with PyTorch's, in float32 and in float64."""
     ours, losses = on_kernels(given, batches, torch.float32, scale, **how)
     torchs, its_losses = in_torch(given, batches, torch.float32, scale)
     exact, right_losses = in_torch(given, batches, torch.float64, scale)
-    # The interpreter adds rows one after the other; and Adam divides a difference by its own size.
+    # The interpreter adds rows one by one, and Adam's division enlarges errors of small gradients.
     floor = 32 * torch.finfo(torch.float32).eps
     assert_right(losses, its_losses, right_losses, "losses", floor=floor)
     for i, tensors in enumerate(zip(all_of(ours), all_of(torchs), all_of(exact), strict=True)):
         assert_right(*tensors, f"tensor {i}", floor=floor)
 
 
-# What a step has to cover: sizes that no tile divides, one layer and nine, a last batch that is short, order
-# in 32 bits and none.
+# The tests cover: sizes that no tile divides, one layer and nine, a short last batch, and an order of rows
+# that has 64 or 32 bits or is absent.
 BATCHES = [slice(0, 18), slice(18, 36), slice(36, 40)]
 
 
 @pytest.fixture(params=[False, True], ids=["two launches", "persistent"])
 def persistent(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """The persistent form is not made for IEEE float32."""
+    """The persistent form does not support IEEE float32, so it is tested with TF32."""
     before = torch.backends.cuda.matmul.fp32_precision
     if request.param:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -249,7 +249,7 @@ def test_the_order_of_rows(index_dtype: torch.dtype | None, device: torch.device
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 def test_half_precision_products(loss: str, dtype: torch.dtype, device: torch.device) -> None:
-    """As autocast computes them: within the rounding of what goes into the products, or twice its error."""
+    """The error is at most twice autocast's, plus the rounding of the products' inputs."""
     given = training((51, 40, 17, 7), loss, "SGD", device)
     ours, losses = on_kernels(given, BATCHES, dtype, 1.0)
     exact, right = in_torch(given, BATCHES, torch.float64, 1.0)
@@ -258,7 +258,7 @@ def test_half_precision_products(loss: str, dtype: torch.dtype, device: torch.de
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(losses.double(), right, rtol=4 * eps, atol=0)
     for our, its, goal in zip(all_of(ours), all_of(cast), all_of(exact), strict=True):
-        # 4 eps where no ReLU switched, which neither can help.
+        # Rounding may switch a ReLU on or off, in autocast too; if none switches, 4 eps is enough.
         assert (our.double() - goal).norm() <= 2 * (its.double() - goal).norm() + 4 * eps * goal.norm()
 
 
@@ -270,8 +270,8 @@ def test_same_bits_every_time(device: torch.device) -> None:
     assert torch.equal(runs[0][1], runs[1][1])
 
 
-def test_classes_that_are_left_out(device: torch.device) -> None:
-    """-100 counts for nothing, as in cross_entropy."""
+def test_ignored_targets(device: torch.device) -> None:
+    """Rows with the target -100 are ignored, as in cross_entropy."""
     given = training((20, 16, 5), "cross_entropy", "SGD", device)
     given.target[given.order[3:9]] = -100
     check(given, BATCHES)
@@ -281,7 +281,7 @@ def test_classes_that_are_left_out(device: torch.device) -> None:
 def test_a_class_that_does_not_exist_stops_the_training(
     optimizer: str, persistent: bool, device: torch.device
 ) -> None:
-    """From its step on nothing is updated, not by momentum or decay either; the first of all is on record."""
+    """From that step on nothing is updated, not even by momentum or decay. The first one is recorded."""
     from fusedmlp.kernels.train_step import step
 
     widths = (32, 16, 5) if persistent else (20, 17, 5)
@@ -301,8 +301,8 @@ def test_a_class_that_does_not_exist_stops_the_training(
         assert step.wrong_label(record[0]) == (1, max(-(2**31), min(wrong, 2**31 - 1)))
 
 
-def test_only_left_out_classes(device: torch.device) -> None:
-    """The mean of nothing is NaN, its gradient 0, as in PyTorch."""
+def test_only_ignored_targets(device: torch.device) -> None:
+    """If all targets are -100, the loss is NaN and the gradient 0, as in PyTorch."""
     given = training((20, 16, 5), "cross_entropy", "plain SGD", device)
     given.target.fill_(-100)
     ours, losses = on_kernels(given, BATCHES, torch.float32, 1.0)
@@ -312,7 +312,7 @@ def test_only_left_out_classes(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_goes_where_it_goes_in_torch(value: float, device: torch.device) -> None:
+def test_nan_and_infinity_follow_torch(value: float, device: torch.device) -> None:
     given = training((20, 16, 16, 5), "cross_entropy", "SGD", device)
     given.x[given.order[20], 3] = value
     ours, losses = on_kernels(given, BATCHES, torch.float32, 1.0)
@@ -323,7 +323,7 @@ def test_what_is_not_finite_goes_where_it_goes_in_torch(value: float, device: to
 
 
 def test_logits_of_any_size(device: torch.device) -> None:
-    """log-sum-exp, not log of a sum of exp."""
+    """Large logits do not overflow: the largest is subtracted before exp."""
     given = training((4, 3), "cross_entropy", "plain SGD", device)
     with torch.no_grad():
         given.x.mul_(1e4)
@@ -353,7 +353,7 @@ def test_why_there_is_no_step() -> None:
 
 @pytest.mark.gpu
 def test_steps_in_a_graph(device: torch.device) -> None:
-    """A replay does the steps again, from where the parameters are."""
+    """A replay repeats the steps, starting from the current parameters."""
     from fusedmlp.kernels.train_step import step
 
     given = training((51, 40, 17, 7), "cross_entropy", "SGD", device)
@@ -373,7 +373,7 @@ def test_steps_in_a_graph(device: torch.device) -> None:
         for i, batch in enumerate(BATCHES):
             step.train_step(job, batch.start, batch.stop - batch.start, i)
 
-    three_steps()  # compiles
+    three_steps()  # compiles the kernels before the capture
     before = losses.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -387,7 +387,7 @@ def test_steps_in_a_graph(device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_an_mnist_epoch_on_all_multiprocessors(dtype: torch.dtype, device: torch.device) -> None:
-    """Both forms, many programs: the same steps, and the persistent form the same bits at every run."""
+    """Both forms have the right losses, and the same bits in every run, with many programs."""
     given = training((784, 256, 128, 10), "cross_entropy", "AdamW", device, rows=4096 + 100, pixels=True)
     batches = [slice(i, min(i + 512, 4196)) for i in range(0, 4196, 512)]
     _, right = in_torch(given, batches, torch.float64, 1 / 255)

@@ -1,4 +1,4 @@
-"""The tables of measurements: what they say, which are used, and what is said of those that are not."""
+"""Tables of measurements are read, written and looked up; tables that cannot be used give a warning."""
 
 import importlib.metadata
 import json
@@ -43,7 +43,7 @@ def without(name: str) -> dict[str, Any]:
 
 @pytest.fixture
 def users_file(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Any:
-    """Where the user's table is looked for, the folder made; read anew before and after."""
+    """The path of the user's table, in a new folder. Tables are read again before and after the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = tuning_table.users_file(HERE)
     assert file is not None
@@ -58,7 +58,7 @@ def test_a_table_is_used(users_file: pathlib.Path) -> None:
     users_file.write_text(json.dumps(content()))
     table = tuning_table.table_of(None)
     assert table.product("forward", "half", 1024, 256, 128) == tuning_table.Product(TILE, 10.0, 20.0)
-    for rows in (725, 1448):  # a power of two stands for what is within a factor of 1.4
+    for rows in (725, 1448):  # a power of two covers all rows within a factor of 1.4
         assert table.product("forward", "half", rows, 256, 128) is not None
     for other in (
         ("forward", "half", 723, 256, 128),
@@ -150,7 +150,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("text", "problem"), WRONG.values(), ids=WRONG)
-def test_what_cannot_be_used_is_ignored_with_one_warning(
+def test_an_unusable_table_is_ignored_with_one_warning(
     text: str, problem: str, users_file: pathlib.Path
 ) -> None:
     users_file.write_text(text)
@@ -168,7 +168,7 @@ def test_what_cannot_be_used_is_ignored_with_one_warning(
     assert users_file.read_text() == text
 
 
-def test_bytes_that_are_no_text_and_a_folder(users_file: pathlib.Path) -> None:
+def test_a_binary_file_or_a_folder_in_its_place(users_file: pathlib.Path) -> None:
     users_file.write_bytes(b"\xff\xfe\x00")
     with pytest.warns(UserWarning, match=r"cannot be read \(UnicodeDecodeError"):
         tuning_table.table_of(None)
@@ -181,11 +181,11 @@ def test_bytes_that_are_no_text_and_a_folder(users_file: pathlib.Path) -> None:
 
 def test_entries_with_a_tile_that_does_not_ship_are_left_out(users_file: pathlib.Path) -> None:
     entries = [
-        ["forward", "half", 1024, 256, 128, [1024, 1024, 64, 8, 3, False], 1.0, 2.0],  # compiled by nobody
-        ["forward", "half", 1024, 10, 128, list(TILE), 1.0, 2.0],  # unaligned, and no tile for that
+        ["forward", "half", 1024, 256, 128, [1024, 1024, 64, 8, 3, False], 1.0, 2.0],  # does not ship
+        ["forward", "half", 1024, 10, 128, list(TILE), 1.0, 2.0],  # unaligned, with an aligned tile
         ["forward", "half", 1024, 10, 64, list(UNALIGNED["half"]), 1.0, 2.0],
         ["forward", "half", 1024, 64, 64, list(TILE), 1.0, 2.0],
-        ["forward", "half", 1024, 64, 80, [*TILE, False], 1.0, 2.0],  # as files were once written
+        ["forward", "half", 1024, 64, 80, [*TILE, False], 1.0, 2.0],  # the form of older files
     ]
     users_file.write_text(json.dumps(content(products=entries)))
     with pytest.warns(
@@ -198,11 +198,11 @@ def test_entries_with_a_tile_that_does_not_ship_are_left_out(users_file: pathlib
     assert len(table.stretches) == 1
 
 
-def test_the_users_table_goes_before_ours(users_file: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_table_overrides_ours(users_file: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = users_file.with_name("shipped.json")
     other = ["forward", "half", 2048, 64, 64, list(TILE), 1.0, 2.0]
     both = ["forward", "half", 1024, 256, 128, list(TILE), 99.0, 2.0]
-    # Ours is for the family, whatever card of it measured it.
+    # The table that ships is valid for a whole family; any card of it may have been measured.
     ours.write_text(json.dumps(content(device="another of the family", products=[both, other], stretches=[])))
     monkeypatch.setattr(tuning_table, "shipped_file", lambda here: ours)
     users_file.write_text(json.dumps(content()))
@@ -233,14 +233,14 @@ def test_in_a_distributed_job_the_users_file_is_not_read(
     assert tuning_table.table_of(None).products
 
 
-def test_what_is_written_is_read(users_file: pathlib.Path) -> None:
+def test_a_written_table_is_read_back(users_file: pathlib.Path) -> None:
     tables = [tuning_table.parse(json.dumps(content()), HERE, exact=True)[0]]
     tables.append(tuning_table.Table())
     for table in tables:
         text = tuning_table.to_text(HERE, {"date": "2026-01-02", "torch": "2.11.0"}, table)
         again, strange = tuning_table.parse(text, HERE, exact=True)
         assert (again.products, again.stretches, strange) == (table.products, table.stretches, 0)
-        assert sum("forward" in line for line in text.splitlines()) == len(table.products)  # an entry a line
+        assert sum("forward" in line for line in text.splitlines()) == len(table.products)  # one per line
 
 
 @settings(deadline=None)
@@ -253,7 +253,7 @@ def test_bucket_is_the_nearest_power_of_two(rows: int) -> None:
 
 
 def test_the_tables_that_ship_are_right() -> None:
-    """There is none yet; one that is added must be readable for its family and name only tiles that ship."""
+    """No table ships yet. One that is added must be readable and name only tiles that ship."""
     for file in pathlib.Path(tuning_table.__file__).parent.glob("tuned_*.json"):
         told = json.loads(file.read_text())
         here = tuning_table.Where(told["device"], told["family"], told["triton"])
@@ -263,7 +263,7 @@ def test_the_tables_that_ship_are_right() -> None:
 
 
 @pytest.mark.parametrize("kind", TILES)
-def test_a_measurement_chooses_among_the_tiles_that_run_unmeasured(kind: str) -> None:
+def test_tuning_tries_the_tiles_that_ship(kind: str) -> None:
     assert candidates(kind, aligned=True) == TILES[kind]
     assert candidates(kind, aligned=False) == (UNALIGNED[kind],)
 
@@ -273,7 +273,7 @@ def test_a_measurement_chooses_among_the_tiles_that_run_unmeasured(kind: str) ->
 def test_the_users_table_needs_no_platformdirs(
     installed: bool, variable: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It lies at the same place with and without."""
+    """The path of the table is the same with and without platformdirs."""
     if installed:
         pytest.importorskip("platformdirs", reason="platformdirs is not installed")
     else:

@@ -1,4 +1,4 @@
-"""Mistakes raise what torch raises, name what was given and what is wanted, and change nothing."""
+"""Mistakes raise the same type as in torch, say what was given and what is needed, and change nothing."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ Layer = tuple[Any, Any, Any]
 
 
 class Net(tnn.Module):
-    """Somebody else's model: fuse finds the ReLU in its forward."""
+    """A user's model: fuse finds the ReLU in its forward."""
 
     def __init__(self, *layer: Any) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Net(tnn.Module):
 
 
 def module(kind: Callable[..., tnn.Module]) -> Callable[..., Any]:
-    """A call of a layer that somebody gave these parameters."""
+    """Return a function that builds a layer, replaces its parameters and calls it."""
 
     def call(x: Any, weight: Any, bias: Any) -> Any:
         model = kind(4, 3)
@@ -47,7 +47,7 @@ def module(kind: Callable[..., tnn.Module]) -> Callable[..., Any]:
 
 
 FUNCTIONS = ("linear", "linear_relu", "mlp")
-# A call of ours, and torch's
+# Our call, and the same in torch
 CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear": (functional.linear, F.linear),
     "linear_relu": (functional.linear_relu, lambda *layer: F.relu(F.linear(*layer))),
@@ -72,7 +72,8 @@ def ones(*shape: int, **options: Any) -> torch.Tensor:
 FEATURES, RANK, BIAS = "wrong number of features", "wrong rank", "wrong bias"
 DTYPE, DEVICE, KIND = "mixed or integer dtypes", "mixed devices", "what is no tensor"
 W, B = (3, 4), (3,)
-# What the row of the table is called, and input, weight and bias: of shape (..., 4), (3, 4) and (3,) they fit
+# The mistake's row in docs/compatibility.md; and input, weight and bias, which should have the shapes
+# (..., 4), (3, 4) and (3,)
 LAYERS: dict[str, tuple[str, Callable[[], Layer]]] = {
     "features": (FEATURES, lambda: (ones(2, 5), ones(*W), ones(*B))),
     "features of a vector": (FEATURES, lambda: (ones(5), ones(*W), ones(*B))),
@@ -109,7 +110,7 @@ LAYERS: dict[str, tuple[str, Callable[[], Layer]]] = {
     "None": (KIND, lambda: (None, ones(*W), ones(*B))),
     "an array": (KIND, lambda: (ones(2, 4).numpy(), ones(*W), ones(*B))),
 }
-# And of functions only: a module does not take such parameters
+# For functions only: modules do not accept such parameters
 NOT_PARAMETERS: dict[str, tuple[str, Callable[[], Layer]]] = {
     "no weight": (KIND, lambda: (ones(2, 4), None, ones(*B))),
     "a list as the bias": (KIND, lambda: (ones(2, 4), ones(*W), [1.0, 2.0, 3.0])),
@@ -120,7 +121,7 @@ ALL = {**LAYERS, **NOT_PARAMETERS}
 
 @contextlib.contextmanager
 def nothing_changes(*tensors: Any) -> Iterator[None]:
-    """Settings, values, versions and gradients are afterwards what they were."""
+    """Check that settings, values, versions and gradients are unchanged afterwards."""
 
     def state() -> list[Any]:
         settings = [backend_choice.chosen.backend, backend_choice.chosen.note, backend_choice.quiet()]
@@ -156,7 +157,7 @@ def test_a_layer_that_does_not_fit(name: str, route: Route) -> None:
         with nothing_changes(*layer):
             error = error_of(ours, *layer)
         assert type(error) is type(expected), what
-        assert str(expected) in str(error), what  # which code and tests may match on
+        assert str(expected) in str(error), what  # users' code may match torch's text
         if isinstance(error, RuntimeError):
             message = f"{what}: {error}"
             given = [t for t in layer if t is not None]
@@ -227,7 +228,7 @@ def mlp_of_torch(*widths: Any, **options: Any) -> tnn.Module:
     return tnn.Sequential(*layers[:-1])
 
 
-# Ours, torch's, and words of the message
+# Our call, torch's call, and words of the message
 CONSTRUCTORS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
     "negative inputs": (lambda: nn.Linear(-4, 3), lambda: tnn.Linear(-4, 3), r"negative .*\[3, -4\]"),
     "negative outputs": (lambda: nn.LinearReLU(4, -3), lambda: tnn.Linear(4, -3), r"negative .*\[-3, 4\]"),
@@ -272,7 +273,7 @@ CONSTRUCTORS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
 
 @pytest.mark.capability("Errors", "wrong arguments of layers: negative sizes, floats, unknown keywords")
 @pytest.mark.parametrize("mistake", CONSTRUCTORS)
-def test_layers_that_cannot_be(mistake: str, route: Route) -> None:
+def test_wrong_arguments_of_layers(mistake: str, route: Route) -> None:
     ours, torchs, words = CONSTRUCTORS[mistake]
     expected = error_of(torchs)
     assert expected is not None
@@ -286,7 +287,7 @@ def enter(name: Any) -> None:
         raise AssertionError("inside")
 
 
-# What torch has not: the type, and words of the message that say what to do
+# Calls that torch does not have, the error's type, and words of the message that say what to do
 OURS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "MLP of an int": (lambda: nn.MLP(4, 3, 2), TypeError, r"list of widths, such as \[256, 128\], got 3"),  # type: ignore[arg-type]
     "MLP of a float": (lambda: nn.MLP(4, 3.5, 2), TypeError, "list of widths, .* got 3.5"),  # type: ignore[arg-type]
@@ -343,14 +344,14 @@ OURS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 @pytest.mark.capability("Errors", "wrong arguments of MLP, mlp, fuse, unfuse, explain, backend")
 @pytest.mark.parametrize("mistake", OURS)
-def test_arguments_that_cannot_be(mistake: str, route: Route) -> None:
+def test_wrong_arguments_of_functions(mistake: str, route: Route) -> None:
     call, kind, words = OURS[mistake]
     with nothing_changes(), pytest.raises(kind, match=words) as error:
         call()
     assert error.type is kind
 
 
-# What the kernels cannot do and torch can
+# Layers that torch can run and the kernels cannot, and words of the reason
 STRICT: dict[str, tuple[Callable[[], Layer], str]] = {
     "float64": (lambda: (ones(2, 4).double(), ones(*W).double(), None), "float32, float16 and bfloat16"),
     "integers": (lambda: (ones(2, 4).long(), ones(*W).long(), None), r"not for torch\.int64"),

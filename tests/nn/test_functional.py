@@ -1,4 +1,4 @@
-"""functional.linear and linear_relu against torch.nn.functional, on both paths: plain torch and kernels."""
+"""functional.linear and linear_relu are compared with torch.nn.functional, in plain torch and on kernels."""
 
 import itertools
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def layer(
 
 
 def gradients(function, tensors, needs, grad_output, relu, dtype):  # type: ignore[no-untyped-def]
-    """Output and gradients (None where none is asked for) of a layer computed in dtype."""
+    """The output and gradients of a layer computed in dtype. Gradients that are not needed are None."""
     leaves = [
         None if t is None else t.detach().to(dtype).requires_grad_(need)
         for t, need in zip(tensors, needs, strict=True)
@@ -125,7 +125,7 @@ def test_backward_twice_is_the_same_and_writes_into_nothing_saved(path: str, dev
 
 
 def test_output_used_twice(path: str, device: torch.device) -> None:
-    """A residual block: masking the incoming gradient in place would spoil the other branch."""
+    """In a residual block, masking the incoming gradient in place would spoil the other branch."""
     x, weight, bias = layer(device, 12, 10)
     grads = {}
     for name, function in (("ours", ours), ("torch", torchs)):
@@ -145,7 +145,7 @@ def test_modifying_the_output_is_noticed(path: str, device: torch.device) -> Non
 
 
 def test_double_backward_matches_torch(path: str, device: torch.device) -> None:
-    """A gradient penalty: lost silently where a backward is not itself differentiable."""
+    """A gradient penalty would be lost silently if the backward were not differentiable."""
     tensors = layer(device, 12, 20)
     results = {}
     for name, function in (("ours", ours), ("torch", torchs)):
@@ -171,7 +171,7 @@ def test_batched_gradients(path: str, device: torch.device) -> None:
 
 
 def test_gradients_that_are_not_plain_memory(path: str, device: torch.device) -> None:
-    """A lazy negative, as complex arithmetic makes; a subclass; one seen by a mode; one with a tangent."""
+    """The gradient may be a lazy negative, a subclass, seen by a dispatch mode, or have a tangent."""
     x, weight, bias = layer(device, 5, 20)
     grad = torch.randn(5, 10, device=device)
 
@@ -202,7 +202,7 @@ def test_gradients_that_are_not_plain_memory(path: str, device: torch.device) ->
 
 
 def test_checkpointed(path: str, device: torch.device) -> None:
-    """As backend() advises: the forward runs again in the backward, where another choice may hold."""
+    """The forward runs again in the backward, so context_fn sets the backend again, as backend() advises."""
 
     def checkpointed(*arguments):  # type: ignore[no-untyped-def]
         contexts = (fusedmlp.backend(path), fusedmlp.backend(path))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""functional.mlp against a plain chain of torch.nn.functional, on both paths: plain torch and kernels."""
+"""functional.mlp is compared with a chain of torch.nn.functional, in plain torch and on kernels."""
 
 import functools
 import gc
@@ -27,7 +27,7 @@ Chain = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]
     ]
 )
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """PyTorch's operators; the kernels, small chains in one launch; the kernels, one launch a layer."""
+    """PyTorch's operators; kernels with one launch for small chains; kernels with one launch per layer."""
     name = request.param
     if name == "one by one":
         from fusedmlp.kernels import chain as room
@@ -56,7 +56,7 @@ def plain(
 def chain(
     device: torch.device, shape: Sequence[int], *widths: int, dtype: torch.dtype = torch.float32
 ) -> Chain:
-    """x of this shape, and layers on to these widths; every third layer has no bias."""
+    """x of this shape, and layers of these widths. Every third layer has no bias."""
     pairs = list(itertools.pairwise((shape[-1], *widths)))
     x = torch.randn(shape, device=device, dtype=dtype)
     weights = [torch.randn(N, K, device=device, dtype=dtype) / max(1, K) ** 0.5 for K, N in pairs]
@@ -67,7 +67,7 @@ def chain(
 
 
 def leaves_of(tensors: Chain, needs: Sequence[bool], dtype: torch.dtype) -> tuple[Chain, list[torch.Tensor]]:
-    """Copies that require gradients as ``needs`` says, in the order x, weights, biases; and those that do."""
+    """Copies that require gradients as ``needs`` says (x, weights, biases), and a list of those that do."""
     x, weights, biases = tensors
     copies = [
         None if t is None else t.detach().to(dtype, copy=True).requires_grad_(need)
@@ -90,7 +90,7 @@ def results(
     grad_output: torch.Tensor,
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """The output and every gradient that was asked for."""
+    """The output and every needed gradient."""
     arguments, wanted = leaves_of(tensors, needs, dtype)
     y = function(*arguments, final_relu=final_relu)
     if not wanted:
@@ -112,7 +112,7 @@ def compare(
     def again(nudge: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
         return results(plain, nearby(tensors, nudge), needs, final_relu, nudge(grad_output), dtype)
 
-    # Each kernel is held to twice PyTorch's error in test_kernels.py; here several follow one another.
+    # test_kernels.py allows each kernel twice PyTorch's error; here the errors of several kernels add up.
     names = [f"result {i}" for i in range(len(exact))]
     assert_all_right(mine, theirs, exact, names, again, factor=3)
 
@@ -156,7 +156,7 @@ def test_every_shape(
 @pytest.mark.kernels
 @pytest.mark.parametrize("final_relu", [False, True])
 def test_half_precision(final_relu: bool, device: torch.device) -> None:
-    """Values so far from 0 that no rounding changes which ReLUs are active."""
+    """The values are so far from 0 that rounding does not change which ReLUs are active."""
     x, weights, biases = chain(device, (40, 32), 48, 10, dtype=torch.float16)
     biases[0] = torch.where(torch.randn(48, device=device) > 0, 20.0, -20.0).half()
     with fusedmlp.backend("triton"):
@@ -215,7 +215,7 @@ def gradient_penalty(function: Any, tensors: Chain, needs: Sequence[bool], of: t
 
 
 def test_double_backward_for_every_combination(path: str, device: torch.device) -> None:
-    """A saved hidden activation is a constant to autograd: terms through it would silently be missing."""
+    """Autograd sees a saved hidden activation as a constant; terms through it must not be missing."""
     tensors = chain(device, (6, 5), 7, 4, 3)
     for needs in itertools.product([False, True], repeat=6):
         if any(needs):
@@ -228,7 +228,7 @@ def test_double_backward_for_every_combination(path: str, device: torch.device) 
                 for i, (our, right) in enumerate(zip(mine, exact, strict=True))
                 if our is not None and right is not None
             ]
-            for i in {*range(len(exact))} - {*there}:  # nothing depends on it twice
+            for i in {*range(len(exact))} - {*there}:  # its second derivative is 0
                 for one in (mine[i], exact[i]):
                     assert one is None or not one.any()
 
@@ -259,14 +259,14 @@ def test_saves_what_backward_needs_and_no_more(device: torch.device) -> None:
         assert saved(*[True] * 7, final_relu=True) == [x, y0, y1, y2, w0, w1, w2]
         assert saved(False, True, True, True, True, True, False) == [x, y0, y1, w1, w2]
         assert saved(False, False, False, True, False, False, False) == [y1]  # the last layer alone
-        assert saved(False, False, True, False, False, False, False) == [y0, y1, w2]  # and the middle one
-        assert saved(True, False, False, False, False, False, False) == [y0, y1, w0, w1, w2]  # all frozen
-        assert saved(False, False, False, False, True, False, False) == [y0, y1, w1, w2]  # the first bias
+        assert saved(False, False, True, False, False, False, False) == [y0, y1, w2]  # the middle layer alone
+        assert saved(True, False, False, False, False, False, False) == [y0, y1, w0, w1, w2]  # x alone
+        assert saved(False, False, False, False, True, False, False) == [y0, y1, w1, w2]  # first bias alone
 
 
 @pytest.mark.kernels
-def test_backward_lets_go_of_the_activations(device: torch.device) -> None:
-    """As in eager: the loss, which one often keeps, keeps the graph, but not what was saved for it."""
+def test_backward_frees_the_activations(device: torch.device) -> None:
+    """As in eager mode, a loss that is kept after the backward keeps the graph but not the saved tensors."""
     _, weights, biases = chain(device, (4, 7), 6, 5, 3)
     leaves = [w.requires_grad_() for w in weights]
     with fusedmlp.backend("triton"):
@@ -281,7 +281,7 @@ def test_backward_lets_go_of_the_activations(device: torch.device) -> None:
 
 
 def test_changes_in_place_that_torch_allows(path: str, device: torch.device) -> None:
-    """nn.Linear saves neither its bias, nor its input where the weight is frozen."""
+    """nn.Linear does not save its bias, nor its input if the weight is frozen, so both may change."""
     tensors = chain(device, (6, 5), 7, 4)
     grads = []
     for function in (mlp, plain):
@@ -303,7 +303,7 @@ def test_changes_in_place_that_torch_allows(path: str, device: torch.device) -> 
 
 
 @pytest.mark.kernels
-def test_changes_in_place_that_second_derivatives_cannot_have(device: torch.device) -> None:
+def test_double_backward_refuses_a_bias_changed_in_place(device: torch.device) -> None:
     (x, weights, biases), wanted = leaves_of(chain(device, (6, 5), 7, 4), [True] * 5, torch.float32)
     with fusedmlp.backend("triton"):
         y = mlp(x, weights, biases)
@@ -316,7 +316,7 @@ def test_changes_in_place_that_second_derivatives_cannot_have(device: torch.devi
 @pytest.mark.kernels
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 7)])
 def test_the_result_may_be_changed_in_place(shape: tuple[int, ...], device: torch.device) -> None:
-    """A frozen network's output that a trained one is added to: no view made under no_grad."""
+    """The output made under no_grad is no view: a view could not be added to in place with a gradient."""
     x, weights, biases = chain(device, shape, 5, 4)
     leaf = torch.randn(4, device=device).requires_grad_()
     with fusedmlp.backend("triton"):
@@ -329,8 +329,8 @@ def test_the_result_may_be_changed_in_place(shape: tuple[int, ...], device: torc
         assert not mlp(leaf, weights, biases).detach_().requires_grad
 
 
-def test_no_circle_keeps_tensors_alive(path: str, device: torch.device) -> None:
-    """Something made from the output is written into an input, and with it the way back to the function."""
+def test_no_reference_cycle_keeps_tensors_alive(path: str, device: torch.device) -> None:
+    """Writing a function of the output into an input must not create a reference cycle."""
     leaf = torch.randn(5, device=device).requires_grad_()
 
     def run() -> list[weakref.ref[torch.Tensor]]:
@@ -348,7 +348,7 @@ def test_no_circle_keeps_tensors_alive(path: str, device: torch.device) -> None:
 
 
 @pytest.mark.kernels
-def test_a_frozen_first_layer_lets_go_of_its_input(device: torch.device) -> None:
+def test_a_frozen_first_layer_frees_its_input(device: torch.device) -> None:
     x, weights, biases = chain(device, (4, 7), 6, 3)
     weights[1].requires_grad_()
     h = x.requires_grad_() * 1
@@ -361,7 +361,7 @@ def test_a_frozen_first_layer_lets_go_of_its_input(device: torch.device) -> None
 
 
 def test_a_dispatch_mode_sees_what_linear_returned() -> None:
-    """Selective checkpointing keeps it, and notices a change in place."""
+    """Selective checkpointing keeps the results of linear, so mlp must not change them in place unseen."""
     policy = lambda ctx, op, *_, **__: (  # noqa: E731
         CheckpointPolicy.MUST_SAVE
         if op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
@@ -444,8 +444,8 @@ def test_same_bits_every_time(device: torch.device) -> None:
 
 
 @pytest.mark.kernels
-def test_large_weights_are_not_kept_waiting(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """Weight gradients that fill the chip by themselves go at once: only small ones gain by one launch."""
+def test_large_products_are_launched_at_once(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Large weight gradients are launched at once: only small ones gain from a common launch."""
     from fusedmlp.kernels import chain as room
 
     tensors = chain(device, (9, 16), 32, 16, 10)

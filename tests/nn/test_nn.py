@@ -1,4 +1,4 @@
-"""fusedmlp.nn against torch.nn: nothing that can be seen differs."""
+"""fusedmlp.nn behaves like torch.nn in every visible way."""
 
 import abc
 import copy
@@ -44,7 +44,7 @@ def pair(inplace: bool = False) -> tuple[Any, Any]:
 
 
 def assert_same_run(ours: Any, torchs: Any, x: torch.Tensor) -> None:
-    """The same output and gradients."""
+    """Check that both models have the same output and gradients."""
     results = []
     for model in (ours, torchs):
         model.zero_grad()
@@ -65,7 +65,7 @@ def test_everything_of_torch_nn_is_there() -> None:
     assert set(dir(nn)) >= set(dir(tnn))
     with pytest.raises(AttributeError):
         _ = nn.NoSuchLayer
-    # With torch.nn's __path__ it would import torch's files a second time.
+    # If it had torch.nn's __path__, it would import torch's files a second time.
     assert not set(nn.__path__) & set(tnn.__path__)
     public: dict[str, Any] = {}
     exec("from fusedmlp.nn import *", public)
@@ -110,7 +110,7 @@ def test_same_outputs_and_gradients(inplace: bool, path: str, device: torch.devi
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 def test_equal_training_curves(optimizer: Any) -> None:
-    """On the CPU the losses of ten steps are the same bits."""
+    """On the CPU the losses of ten steps are equal bit for bit."""
     curves = []
     for model in pair():
         torch.manual_seed(11)
@@ -197,7 +197,7 @@ def test_a_shared_layer_and_frozen_ones() -> None:
 
 
 def stretches(model: tnn.Module, x: torch.Tensor) -> list[str]:
-    """How the layers of one call ran: "3+" is a chain of three with a ReLU at its end."""
+    """The chains that one call ran: "3+" is a chain of three layers with a ReLU at its end."""
     runs: list[backend_choice.Run] = []
     with backend_choice.recorded(runs.append):
         model(x)
@@ -242,7 +242,7 @@ def test_stretches(case: str, path: str, device: torch.device) -> None:
     build, expected = STRETCHES[case]
     model = build()
     plain = copy.deepcopy(model).eval()
-    for module in plain.modules():  # the same on torch.nn
+    for module in plain.modules():  # replace our classes by torch.nn's
         if type(module) in (nn.Sequential, nn.MLP):
             module.__class__ = tnn.Sequential
         elif type(module) is nn.Linear:
@@ -259,7 +259,7 @@ def test_a_layer_used_twice_ends_a_chain() -> None:
     x = torch.randn(4, 7)
     assert stretches(layers(shared, "r", "l", "r", shared, "r", "l"), x) == ["2+", "2"]
     tied = layers(*"lrlr")
-    tied[2].weight = tied[0].weight  # two layers
+    tied[2].weight = tied[0].weight  # two layers that share one weight
     assert stretches(tied, x) == ["2+"]
 
 
@@ -300,7 +300,7 @@ def test_hooks_on_members_see_what_they_would_in_torch(kind: str, index: int) ->
     assert torch.equal(seen[0][0], seen[1][0])
 
 
-def test_a_hook_that_changes_the_output_counts() -> None:
+def test_a_hook_may_change_the_output() -> None:
     ours, torchs = pair()
     for model in (ours, torchs):
         model[0].register_forward_hook(lambda module, args, output: output * 0 - 1)
@@ -336,13 +336,13 @@ def test_changes_to_members_take_effect(change: str) -> None:
     for model in (ours, torchs):
         torch.manual_seed(4)
         CHANGES[change](model)
-        model.eval()  # spectral_norm's power iteration would move on
+        model.eval()  # so that spectral_norm's power iteration does not change the weight
     assert torch.equal(ours(x), torchs(x))
     assert not torch.equal(ours(x), before)
 
 
-def test_a_patched_call_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As tracers and profilers do it."""
+def test_a_patched_call_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracers and profilers patch Module.__call__."""
     called = []
     call = tnn.Module.__call__
     monkeypatch.setattr(tnn.Module, "__call__", lambda self, *a: (called.append(self), call(self, *a))[1])
@@ -351,7 +351,7 @@ def test_a_patched_call_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called == [model, *model]
 
 
-def test_a_patched_class_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patched_forward_of_the_class_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(tnn.Linear(7, 10), tnn.ReLU())
     monkeypatch.setattr(tnn.Linear, "forward", lambda self, input: input.new_full((3, 10), 2.0))
     assert torch.equal(model(torch.randn(3, 7)), torch.full((3, 10), 2.0))
@@ -444,7 +444,7 @@ def test_linear_relu_layer() -> None:
 
 
 def test_torchs_own_layers_are_instances() -> None:
-    """Code that initialises or counts by isinstance finds them; type() tells them from ours."""
+    """isinstance(m, nn.Linear) is true for torch's layers too, so users' isinstance checks find them."""
     transformer = tnn.TransformerEncoderLayer(8, 2, 12)
     plain, ours = tnn.Sequential(tnn.Linear(3, 2), tnn.ReLU()), nn.Sequential(nn.Linear(3, 2), nn.ReLU())
     for model in (transformer, plain, ours, fusedmlp.fuse(copy.deepcopy(transformer)), nn.MLP(3, [2], 1)):
@@ -461,7 +461,7 @@ def test_torchs_own_layers_are_instances() -> None:
         pass
 
     class Stack(nn.Sequential, abc.ABC):
-        """And with another abstract base, as with torch's."""
+        """A subclass may have another abstract base, as with torch's class."""
 
     assert isinstance(Own(3, 2), (nn.Linear, tnn.Linear))
     assert not isinstance(nn.Linear(3, 2), Own)
@@ -479,8 +479,8 @@ def test_torchs_own_layers_are_instances() -> None:
     assert [what(m) for m in (tnn.Linear(3, 2), nn.Linear(3, 2), Own(3, 2))] == ["torch's", "ours", "ours"]
 
 
-def test_torchs_layers_are_none_of_ours_to_us() -> None:
-    """What a subclass of theirs does is left to it, in a Sequential of ours too."""
+def test_a_subclass_of_torchs_linear_keeps_its_forward() -> None:
+    """A subclass of torch's Linear keeps its own forward, also in our Sequential."""
 
     class Twice(tnn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Every import from torch.nn works from fusedmlp.nn in its place, and gives the same modules."""
+"""Every import from torch.nn works from fusedmlp.nn too, and gives the same modules."""
 
 import importlib
 import importlib.util
@@ -32,7 +32,7 @@ def python(code: str, *arguments: str) -> str:
 
 # --- The same objects ---
 
-# "it" is what the user has imported.
+# "it" is the imported object.
 STATEMENTS = [
     "import {nn}.functional as it",
     "import {nn}.init; it = {nn}.init",
@@ -60,7 +60,7 @@ def test_an_import_gives_what_torchs_gives(statement: str) -> None:
     assert ours["it"] is torchs["it"]
 
 
-# In a process of its own: it loads all that torch leaves unloaded.
+# This runs in its own process, because it loads every module of torch.nn.
 IMPORT_ALL = """
 import importlib, sys
 import torch
@@ -100,7 +100,7 @@ def test_every_module_is_torchs_and_nothing_in_it_has_changed() -> None:
     assert python(IMPORT_ALL, *names) == ""
 
 
-# --- What else one does with a module ---
+# --- Other uses of modules ---
 
 
 def test_source_and_pickles_know_torchs_name_only() -> None:
@@ -143,13 +143,13 @@ def test_a_compiled_function_may_import() -> None:
     assert compiled(torch.tensor([-1.0, 2.0])).tolist() == [0.0, 2.0]
 
 
-# --- Modules that are not there, or not yet ---
+# --- Modules that are missing or not loaded yet ---
 
 
 @pytest.mark.parametrize(
     "name", ["nonsense", "utils.nonsense", "functional.relu", "Linear", "nonsense.deeper"]
 )
-def test_what_torch_lacks_is_missing_by_our_name(name: str) -> None:
+def test_a_missing_module_is_reported_by_our_name(name: str) -> None:
     with pytest.raises(ModuleNotFoundError, match=re.escape("fusedmlp.nn.")) as raised:
         importlib.import_module(f"fusedmlp.nn.{name}")
     with pytest.raises(ModuleNotFoundError) as torchs:
@@ -158,7 +158,7 @@ def test_what_torch_lacks_is_missing_by_our_name(name: str) -> None:
 
 
 def test_a_folder_of_stubs_alone_is_no_package() -> None:
-    """As a newer torch's would be: fusedmlp.nn finds no module by its own path."""
+    """fusedmlp.nn has an empty __path__, so stubs without a module of torch cannot be imported."""
     assert importlib.util.find_spec("fusedmlp.nn.nonsense") is None
     assert list(fusedmlp.nn.__path__) == []
 
@@ -175,7 +175,7 @@ def test_find_spec() -> None:
 
 @pytest.fixture
 def torchs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose modules are torch.nn's during the test."""
+    """A folder whose modules belong to torch.nn during the test."""
     monkeypatch.setattr(torch.nn, "__path__", [*torch.nn.__path__, str(tmp_path)])
     before = {module: set(vars(module)) for module in (torch.nn, fusedmlp.nn)}
     loaded = set(sys.modules)
@@ -197,7 +197,7 @@ def test_an_import_that_fails_inside_torchs_module_says_so(torchs_folder: Path) 
 
 
 def test_a_module_is_loaded_once_when_threads_import_it(torchs_folder: Path) -> None:
-    """By either name, in the middle of the other's load, and nobody gets it before it is whole."""
+    """Threads import it by both names at once: it is loaded once, and no thread gets it half loaded."""
     (torchs_folder / "other.py").write_text("")
     (torchs_folder / "slow.py").write_text(
         "import time, torch\nloads = getattr(torch.nn, 'loads', 0) + 1\n"
@@ -224,7 +224,7 @@ def test_a_module_is_loaded_once_when_threads_import_it(torchs_folder: Path) -> 
 
 
 def test_a_function_named_as_its_module_stays(torchs_folder: Path) -> None:
-    """In a package that torch itself has loaded before, and in one that it has not."""
+    """This holds in packages that torch has loaded already, and in others."""
     for package in ("early", "late"):
         (torchs_folder / package).mkdir()
         (torchs_folder / package / "__init__.py").write_text("from .work import work\n")
@@ -289,14 +289,14 @@ def user(size: _size_2_t, packed: PackedSequence) -> None:
 
 @pytest.mark.slow
 def test_a_type_checker_sees_torchs_types(tmp_path: Path) -> None:
-    """In mypy's cache of the checkout: with an empty one, reading torch takes it most of a minute."""
+    """mypy uses the cache of the checkout: with an empty one it needs most of a minute to read torch."""
     pytest.importorskip("mypy", reason="mypy is not installed")
     for nn in ("torch.nn", "fusedmlp.nn"):
         (tmp_path / f"{nn.replace('.', '_')}.py").write_text(TYPED.format(nn=nn))
     command = [sys.executable, "-m", "mypy", "--no-error-summary", *map(str, tmp_path.glob("*.py"))]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert not run.stderr
-    # It also reports, in the stubs, what an older torch lacks: an installed package is silent there.
+    # mypy also reports names in our stubs that an older torch lacks; in an installed package it does not.
     said: dict[str, list[str]] = {}
     for line in run.stdout.splitlines():
         name, number, note = line.split(":", 2)

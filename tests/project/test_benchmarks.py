@@ -1,4 +1,4 @@
-"""The benchmark suite: it times nothing that is wrong, and loses nothing of what it has measured."""
+"""The benchmark suite does not time wrong results, and loses no measurements."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ pytest.importorskip("tqdm", reason="tqdm is not installed: no benchmark suite")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: no benchmark suite")
 
 with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(ROOT))  # it is not installed
+    patch.syspath_prepend(str(ROOT))  # benchmarks is not an installed package
     from benchmarks import cases, contestants, profiles, report, results, step_kernels, sweep, timing
     from benchmarks.cases import Case
     from benchmarks.numerics import FOUND, memcheck
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: no kernels to run")
 
 
-# --- right before fast ---
+# --- results are checked before they are timed ---
 
 SMALL = [Case(what, 6, (5, 4) if "layer" in what else (5, 4, 3), "float32") for what in cases.KINDS]
 
@@ -45,7 +45,7 @@ def one(prepare: Any) -> contestants.Contestant:
 
 
 def almost(work: contestants.Work) -> contestants.Prepared:
-    """Right but for one value of one result, by one part in a thousand."""
+    """One value of one result is wrong by one part in a thousand."""
     runner = contestants.Runner(work, work.own_model())
 
     def run(i: int) -> contestants.Results:
@@ -58,7 +58,7 @@ def almost(work: contestants.Work) -> contestants.Prepared:
 
 
 def deaf(work: contestants.Work) -> contestants.Prepared:
-    """As a graph that is always replayed on the input on which it was captured."""
+    """It ignores its input, like a graph that always replays the input of its capture."""
     runner = contestants.Runner(work, work.own_model())
     return runner, lambda i: runner(0)
 
@@ -70,7 +70,7 @@ def fails(work: contestants.Work) -> contestants.Prepared:
 @pytest.mark.thinned
 @pytest.mark.parametrize("case", SMALL, ids=str)
 @pytest.mark.parametrize("wrong", [almost, deaf])
-def test_what_is_wrong_has_no_time(case: Case, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_has_no_time(case: Case, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contestants, "contestants", field(one(wrong), one(contestants._plain)))
     eager, refused, right = sweep.measure(case, CPU, False, True)["contestants"]
     assert refused["problem"].startswith("wrong: result ")
@@ -92,14 +92,14 @@ def test_a_step_is_checked_by_how_it_changes_the_weights(monkeypatch: pytest.Mon
     assert refused["problem"].startswith("wrong: result 1")
 
 
-def test_what_cannot_run_says_why_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contestant_that_fails_says_why_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contestants, "contestants", field(one(fails), one(contestants._plain)))
     rows = sweep.measure(SMALL[0], CPU, False, True)["contestants"]
     assert [row["problem"] for row in rows] == [None, "RuntimeError: this one cannot run", None]
     assert rows[1]["wall_us"] is None
 
 
-def test_without_eager_there_is_no_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_eager_no_contestant_is_checked_or_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = contestants.Contestant("eager", "torch", False, fails)
     monkeypatch.setattr(contestants, "contestants", lambda *_: [broken, one(contestants._plain)])
     rows = sweep.measure(SMALL[0], CPU, False, True)["contestants"]
@@ -117,7 +117,7 @@ def test_float64_in_parts_is_float64_at_once(case: Case, monkeypatch: pytest.Mon
 
 
 def test_contestants_do_not_disturb_each_other() -> None:
-    """Of a step each has its own weights; of the rest they are shared, and nobody changes them."""
+    """In a step each contestant has its own weights; elsewhere they share them, and none changes them."""
     for case in SMALL:
         work = contestants.Work(case, CPU, 2)
         before = copy.deepcopy(work.model.state_dict())
@@ -128,7 +128,7 @@ def test_contestants_do_not_disturb_each_other() -> None:
             if kind.name in names
         ]
         first = prepared[0][0].results(prepared[0][1])
-        for _ in range(2):  # in turns, as when they are timed
+        for _ in range(2):  # they take turns, as in timing
             for runner, run in prepared:
                 run(0)
                 assert all(torch.equal(t, before[name]) for name, t in work.model.state_dict().items())
@@ -140,7 +140,7 @@ def test_contestants_do_not_disturb_each_other() -> None:
 def test_flops_and_bytes_by_hand() -> None:
     layer = Case(cases.LAYER_BOTH, 10, (3, 5), "bfloat16")
     assert layer.flops == 3 * 2 * 10 * 3 * 5
-    # Forward x, weight, bias, y; backward grad_y, y's mask, x, grad_weight, grad_bias, weight, grad_x.
+    # Forward: x, weight, bias, y. Backward: grad_y, y's mask, x, grad_weight, grad_bias, weight, grad_x.
     forward = 30 + 15 + 5 + 50
     assert layer.least_bytes == 2 * (forward + 50 + 50 + 30 + 15 + 5 + 15 + 30)
     assert layer._replace(what=cases.LAYER_FORWARD).least_bytes == 2 * forward
@@ -148,7 +148,7 @@ def test_flops_and_bytes_by_hand() -> None:
     assert network.flops == 2 * 10 * (3 * 15 + 3 * 35 - 15)  # no gradient of the data
 
 
-# --- files of results, and what is said of them ---
+# --- files of results, and reports on them ---
 
 
 def timed(name: str, us: float, family: str = "torch", graph: bool = False, **changes: Any) -> dict[str, Any]:
@@ -178,12 +178,12 @@ def written(folder: pathlib.Path, found: dict[str, Any]) -> pathlib.Path:
     return folder / "results.json"
 
 
-def test_losses_are_told_as_plainly_as_wins(tmp_path: pathlib.Path) -> None:
+def test_the_report_shows_losses_as_clearly_as_wins(tmp_path: pathlib.Path) -> None:
     rows = [timed("eager", 100), timed("compile", 80), timed("eager in a graph", 10, graph=True)]
     found = file_of(*rows, timed("fusedmlp auto", 100, "fusedmlp"))
     report.write(found, tmp_path)
     text = (tmp_path / "results.md").read_text()
-    # By the best of PyTorch's without a graph, 80: not by eager, nor by the graph.
+    # It is compared with PyTorch's best without a graph (80), not with eager or the graph.
     loss = text.split("## Where PyTorch is faster")[1].split("##")[0]
     assert (
         "| MLP forward+backward 64x8x16x4 float32 | auto | 0.80x | 100 ± 5 | 80.0 ± 4.0 | compile |" in loss
@@ -306,7 +306,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path: pathlib.Path) -> None:
     after = results.read(tmp_path / "results.json")["cases"]
     assert after[:2] == before
     assert len(after) == 4
-    # But not with what was measured elsewhere.
+    # A sweep does not continue results of another device.
     found = json.loads((tmp_path / "results.json").read_text())
     found["device"]["name"] = "another"
     written(tmp_path, found)
@@ -329,12 +329,12 @@ def test_numerics_of_the_kernels() -> None:
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.kernels
-def test_the_tuned_table_is_ready_to_ship_and_to_go_on_with(tmp_path: pathlib.Path) -> None:
+def test_a_tuned_table_can_ship_and_be_continued(tmp_path: pathlib.Path) -> None:
     from fusedmlp.kernels import tuning_table
 
     command = [sys.executable, "-m", "benchmarks.tuned", "--dry-run", "--out", str(tmp_path)]
     said = []
-    for cache in ("one", "two"):  # as on another machine, to which only the folder was brought
+    for cache in ("one", "two"):  # the second run has only the folder, like another machine
         environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / cache)}
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
@@ -370,7 +370,7 @@ def test_profile_of_a_step_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert figures[f"{optimizer}, TrainStep"][-1] < figures[f"{optimizer}, plain loop"][-1]
 
 
-# --- a limit loses one row, and is told from an end ---
+# --- a time limit loses at most one row, and is told apart from a normal end ---
 
 
 def module(name: str, *arguments: str | pathlib.Path) -> list[str]:
@@ -387,7 +387,7 @@ def interruptible(command: list[str], **environment: str) -> "subprocess.Popen[s
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        # A shell that runs the tests in the background makes them, and so this, ignore SIGINT.
+        # A shell makes background processes ignore SIGINT, and the tests would pass that on to this one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
@@ -468,7 +468,7 @@ def test_the_forms_of_a_step_go_on_after_an_interrupt(tmp_path: pathlib.Path) ->
     command = module("step_kernels", "epoch", "--dry-run", "--output", file)
     process = interruptible(command)
     wait_for(file.exists)
-    first = json.loads(file.read_text())["results"]  # on disk as soon as it is measured
+    first = json.loads(file.read_text())["results"]  # each result is written as soon as it is measured
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[0]
     rows = json.loads(file.read_text())["results"]
@@ -505,7 +505,7 @@ def test_what_was_measured_on_another_device_or_failed_is_measured_again(tmp_pat
 
 
 def tool(folder: pathlib.Path, code: str) -> str:
-    """A stand-in for compute-sanitizer, which wants a GPU: it is told a command, and runs some of its own."""
+    """A stand-in for compute-sanitizer, which needs a GPU. It ignores its command and runs ``code``."""
     path = folder / "tool"
     path.write_text(f"#!{sys.executable}\n{code}")
     path.chmod(0o755)
@@ -527,7 +527,7 @@ def test_memcheck_tells_what_was_found(
 
 
 @pytest.mark.slow
-def test_memcheck_passes_on_what_is_said_as_it_comes(tmp_path: pathlib.Path) -> None:
+def test_memcheck_prints_each_line_at_once(tmp_path: pathlib.Path) -> None:
     slow = tool(
         tmp_path,
         # The line is printed inside of try, because the interrupt comes as soon as the line has been read.
@@ -557,16 +557,16 @@ def test_quick_has_nothing_that_takes_minutes_to_compile() -> None:
         assert {"eager", "compile", "eager in a graph", "fusedmlp auto", "fusedmlp in a graph"} <= quick
 
 
-# --- a failed capture harms nobody ---
+# --- a failed capture does no harm ---
 
 
 def with_a_question(i: int) -> float:
-    """What no graph can hold: the CPU asks for a value."""
+    """The CPU reads a value of the GPU, which cannot be captured in a graph."""
     return torch.randn(3, device="cuda").sum().item()
 
 
 @pytest.mark.gpu
-def test_what_cannot_be_captured_is_told_of_and_the_next_is_timed() -> None:
+def test_a_failed_capture_is_reported_and_the_next_run_is_timed() -> None:
     x = torch.randn(64, 64, device="cuda")
     found = timing.on_the_device({"asks": with_a_question, "is right": lambda i: x @ x}, 3, 2)
     assert isinstance(found["asks"], str)
@@ -575,7 +575,7 @@ def test_what_cannot_be_captured_is_told_of_and_the_next_is_timed() -> None:
 
 
 @pytest.mark.gpu
-def test_a_contestant_and_a_form_that_cannot_be_captured_leave_the_process_well() -> None:
+def test_failed_captures_of_a_contestant_and_a_form_leave_the_process_healthy() -> None:
     def asks(work: contestants.Work) -> contestants.Prepared:
         runner = contestants.Runner(work, work.own_model())
         runner.forward = lambda x: x * x.sum().item()

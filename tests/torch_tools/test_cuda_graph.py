@@ -1,4 +1,4 @@
-"""A capture that fails leaves the process as it was, wherever it fails; on a GPU, PyTorch's own state too."""
+"""A failed capture leaves the process as it was, wherever it fails; GPU tests check PyTorch's state too."""
 
 import gc
 import subprocess
@@ -24,7 +24,7 @@ def test_everything_is_put_back(point: str, heals: bool, card: Card) -> None:
 
     def run() -> int:
         if point == "run":
-            card.fails_at = "end"  # as CUDA does: what is not allowed in a capture ends it
+            card.fails_at = "end"  # as in CUDA, a forbidden call makes the end of the capture fail too
             raise ValueError("the model's own words\nand more of them")
         return 7
 
@@ -33,9 +33,9 @@ def test_everything_is_put_back(point: str, heals: bool, card: Card) -> None:
     expected = "ValueError: the model's own words" if point == "run" else f"CardFailed: failed at {point}"
     assert str(failure.value) == expected
     card.assert_healthy()
-    # Other graphs have a part in the generator's state, so it is mended, not replaced.
+    # Other graphs share the generator's state, so it must be repaired, not replaced.
     assert not any(generator.replaced for generator in card.generators)
-    # PyTorch gives no way to release a pool that it has ended but not given to the graph yet.
+    # PyTorch cannot release a pool that it has ended but not yet given to the graph.
     assert sum(card.pools.values()) == (1 if point == "epilogue" else 0)
     graph, result = cuda_graph.capture(lambda: 8, HERE)
     assert result == 8
@@ -44,7 +44,7 @@ def test_everything_is_put_back(point: str, heals: bool, card: Card) -> None:
 
 
 def test_the_generator_is_replaced_if_nothing_else_helps(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the capture that should mend it fails too."""
+    """The generator is replaced only if the capture that should repair it fails too."""
     card.fails_at = "end"
     put_back = cuda_graph._put_back
 
@@ -69,7 +69,7 @@ def test_an_interrupt_goes_through(card: Card) -> None:
 
 
 def test_the_stream_is_on_the_graphs_device(card: Card) -> None:
-    """PyTorch's own is on the device that captured first: a graph of another one would be empty."""
+    """PyTorch's capture stream is on the device that captured first; graphs of others would be empty."""
     for index in (0, 1):
         cuda_graph.capture(lambda: None, torch.device("cuda", index))
     assert [stream.device.index for stream in card.captured_on] == [0, 1]
@@ -81,7 +81,7 @@ def test_the_stream_is_on_the_graphs_device(card: Card) -> None:
 
 @pytest.mark.parametrize("point", ["run", "end"])
 def test_nothing_of_a_failed_capture_is_kept(point: str, card: Card) -> None:
-    """Not even where the model keeps its error: the memory is wanted for the step without a graph."""
+    """Tensors are freed even if the model keeps its error: the step without a graph needs the memory."""
     card.fails_at = point
     made: list[weakref.ref[torch.Tensor]] = []
     kept: list[Exception] = []
@@ -212,7 +212,7 @@ print("healthy")
 
 @pytest.mark.gpu
 def test_a_failed_capture_leaves_the_process_healthy() -> None:
-    """In a process of its own: if this fails, nothing after it could be trusted."""
+    """This runs in its own process: if it fails, later tests in the same process could not be trusted."""
     run = subprocess.run([sys.executable, "-c", HEALTHY], capture_output=True, text=True, timeout=300)
     assert run.stdout.endswith("healthy\n"), run.stdout + run.stderr
     assert run.stdout.startswith("looks ")

@@ -1,4 +1,4 @@
-"""fusedmlp.tune: what it measures, keeps and refuses. Without a GPU in the interpreter, with small shapes."""
+"""fusedmlp.tune measures, saves and refuses the right things. Without a GPU it runs in the interpreter."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_everything_of_a_chain_is_measured_once(users_file: pathlib.Path) -> Non
         (p.operation, KIND, 16, p.N, p.K) for p in tuned.products
     }
     assert set(table.stretches) == {(mode, KIND, 16, widths, relu) for mode, widths, relu in expected}
-    # From now on what was measured decides, in this process too.
+    # The measurements are used from now on, in this process too.
     assert tuning_table.table_of(INDEX).products == table.products
     json.dumps(tuned.to_dict())
     text = str(tuned)
@@ -71,7 +71,7 @@ def test_everything_of_a_chain_is_measured_once(users_file: pathlib.Path) -> Non
     assert not again.stretches
     assert "in the table already" in str(again)
     more = fusedmlp.tune([(20, 16, 32)], torch.float32, final_relu=True)
-    assert not more.products  # and the chain is known as a layer of the other
+    assert not more.products  # this chain was measured already, as a layer of the other one
     assert not more.stretches
 
 
@@ -100,7 +100,7 @@ def test_a_wrong_tile_is_told_of_and_never_chosen(
 def test_one_launch_for_a_chain_is_tried(
     faster: bool, users_file: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each way is what runs while it is timed, and the faster one is what runs from then on."""
+    """Both ways (one launch, and one per layer) run while they are timed; then the faster one is used."""
     shape = 20, 16, 32, 7
     model = fusedmlp.nn.MLP(16, [32], 7, device="cpu" if INDEX is None else "cuda")
     x = torch.randn(20, 16, device=model[0].weight.device)
@@ -116,12 +116,12 @@ def test_one_launch_for_a_chain_is_tried(
 
     monkeypatch.setattr(timing, "wall_times", times)
     tuned = fusedmlp.tune([shape], torch.float32)
-    assert [s.in_one for s in tuned.stretches] == [faster, faster, *[False] * 4]  # the chain, and its layers
+    assert [s.in_one for s in tuned.stretches] == [faster, faster, *[False] * 4]  # the chain, then its layers
     assert [s.us for s in tuned.stretches] == [1.0, 1.0, *[2.0 if faster else 1.0] * 4]
     assert [name for names in timed[:2] for name in names if "narrow" in name] == ["narrow_forward"]
     assert {"narrow_forward", "narrow_backward"} & set(timed[2]) == set()
     assert "narrow_forward" in timed[3]
-    if INDEX is None:  # on a GPU the backward runs in a thread of its own, where nobody listens
+    if INDEX is None:  # on a GPU the backward runs in its own thread, where dry_run records nothing
         assert "narrow_backward" in timed[3]
     assert ("in one launch" in str(tuned)) is faster
     assert {s.in_one for key, s in on_disk(users_file).stretches.items() if len(key[3]) == 3} == {faster}
@@ -145,7 +145,7 @@ def test_a_wrong_launch_for_all_layers_is_told_of_and_never_chosen(
         return found
 
     monkeypatch.setattr(room, name, wrong)
-    timings = iter([2.0, 1.0])  # if it were timed, it would be chosen
+    timings = iter([2.0, 1.0])  # the wrong launch would be the faster one if it were timed
     monkeypatch.setattr(timing, "wall_times", lambda *_: {"ours": next(timings), "torch": 3.0})
     tuning = measure.Tuning(torch.device("cpu" if INDEX is None else "cuda"), torch.float32, False)
     try:
@@ -234,7 +234,7 @@ def python(code: str, cache: pathlib.Path, *arguments: str, **environment: str) 
         [sys.executable, "-c", code, *arguments], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"XDG_CACHE_HOME": str(cache)} | environment,
-        # A shell that runs the tests in the background makes them, and so this, ignore SIGINT.
+        # A shell makes background processes ignore SIGINT, and the tests would pass that on to this one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
@@ -260,11 +260,12 @@ def test_two_processes_at_once_lose_nothing(users_file: pathlib.Path, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.kernels
 def test_many_writers_at_once_lose_nothing(users_file: pathlib.Path) -> None:
-    """The same with nothing but writing, twenty times each."""
+    """Three processes only write, twenty times each."""
     code = (
         "import os, sys, time, torch\n"
         "from fusedmlp.tuning import measure\n"
-        "replace = os.replace\n"  # late, so that who did not wait would write over what another wrote
+        # Writing is slowed down: a process that did not wait would overwrite the entries of another.
+        "replace = os.replace\n"
         "os.replace = lambda *args: (time.sleep(0.02), replace(*args))\n"
         "for i in range(20):\n"
         "    one = measure.Tuning(torch.device(sys.argv[2]), torch.float32, False)\n"
@@ -296,7 +297,7 @@ def test_a_killed_writer_leaves_the_old_table(users_file: pathlib.Path) -> None:
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
     assert users_file.read_text() == before
-    fusedmlp.tune([(8, 16, 32)], torch.float32)  # the dead one's lock is nobody's
+    fusedmlp.tune([(8, 16, 32)], torch.float32)  # the lock of the killed process is free again
     assert {key[3] for key in on_disk(users_file).products} == {16, 32}
 
 
@@ -340,13 +341,13 @@ dist.destroy_process_group()
 
 @pytest.mark.kernels
 def test_all_ranks_choose_by_the_table_of_rank_0(tmp_path: pathlib.Path) -> None:
-    """Each rank has a cache folder, as on machines of its own, and in it a table; they differ."""
+    """Each rank has its own cache folder, as on separate machines, and the tables in them differ."""
     caches = [tmp_path / "a", tmp_path / "b"]
     for cache, width in zip(caches, ("32", "48"), strict=True):
         process = python(TUNE, cache, width, width)
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    # Two ranks of one job, as a launcher tells them. They meet in a file, for any port may be taken.
+    # The two ranks get their job from the environment. They meet in a file, because any port may be in use.
     job = {"WORLD_SIZE": "2", "MEETING_POINT": (tmp_path / "meeting").as_uri()}
     ranks = [python(RANK, cache, RANK=str(rank), **job) for rank, cache in enumerate(caches)]
     said = []
@@ -356,7 +357,7 @@ def test_all_ranks_choose_by_the_table_of_rank_0(tmp_path: pathlib.Path) -> None
         said.append(output)
     assert said[0] == said[1]
     assert "('forward', 'ieee', 8, 16, 16)" in said[0]
-    assert "('forward', 'ieee', 8, 32, 16)" in said[0]  # what rank 0 knew
+    assert "('forward', 'ieee', 8, 32, 16)" in said[0]  # from rank 0's own table
     assert "('forward', 'ieee', 8, 48, 16)" not in said[0]
     assert str(caches[0]) in said[0]
 
@@ -381,7 +382,7 @@ def test_command_line(users_file: pathlib.Path) -> None:
 
 @pytest.mark.kernels
 def test_what_was_measured_is_what_auto_would_run(users_file: pathlib.Path) -> None:
-    """In the interpreter PyTorch's operators win, so the kernels' path has only those."""
+    """In the interpreter PyTorch's operators are faster, so auto runs only those."""
     fusedmlp.tune([(8, 16, 32, 16)], torch.float32)
     model = fusedmlp.MLP(16, [32], 16, device=None if INDEX is None else "cuda")
     x = torch.randn(8, 16, device=None if INDEX is None else "cuda")
