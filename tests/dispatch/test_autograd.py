@@ -1,4 +1,4 @@
-"""What autograd can do beyond one backward: the same as with torch.nn."""
+"""Autograd's features beyond a single backward give the same results as with torch.nn."""
 
 import contextlib
 import copy
@@ -55,7 +55,7 @@ def test_gradcheck(fast_mode: bool, network: str, route: Route, device: torch.de
 @pytest.mark.capability(SECTION, "`gradcheck` in float32")
 @pytest.mark.filterwarnings("ignore:Input #.* requires gradient and is not a double precision")
 def test_gradcheck_in_float32(network: str, route: Route, device: torch.device) -> None:
-    """Where no ReLU is near its edge, the stretches are smooth enough for large steps."""
+    """Where no ReLU's input is near 0, the chains are smooth enough for large finite differences."""
     model = NETWORKS[network][0]().to(device)
     with torch.no_grad():
         for p in model.parameters():
@@ -208,7 +208,7 @@ def test_batched_gradients(compare: Any) -> None:
 
 @contextlib.contextmanager
 def on_disk(folder: Any) -> Iterator[None]:
-    """What autograd saves is written to files."""
+    """Write to files what autograd saves."""
     numbers = itertools.count()
 
     def pack(t: torch.Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Layers on a CPU: training is PyTorch's own, bit for bit; inference may be oneDNN's; known traps."""
+"""Layers on a CPU: training equals PyTorch's bit for bit, and inference may use oneDNN's product."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -18,13 +18,13 @@ from fusedmlp.dispatch import onednn
 from fusedmlp.functional import linear, linear_relu, mlp
 
 ONEDNN = "mkldnn::_linear_pointwise"
-# On other CPUs than it is taken on, what it is made of is something else.
+# On CPUs where layers do not use oneDNN's product, it runs other code, with larger errors.
 BOUND = 2.0 if onednn.why_not_here() is None else 6.0
 
 
 @pytest.fixture
 def with_onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """oneDNN's product is taken on this CPU too, fast or not; one thread, so that the limits are known."""
+    """Use oneDNN's product on any CPU, fast or not, with one thread so that the size limits are known."""
     if not (torch.backends.mkldnn.is_available() and onednn._is_right()):
         pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(onednn, "why_not_here", lambda: None)
@@ -61,7 +61,7 @@ def test_onednn_is_right(with_onednn: None, shape: tuple[int, ...], bias: bool) 
         assert_right(linear_relu(x, weight, given), F.relu(right), exact.relu(), factor=BOUND)
 
 
-def test_onednn_in_a_chain_is_told_of(with_onednn: None) -> None:
+def test_explain_names_onednn_in_a_chain(with_onednn: None) -> None:
     model = fusedmlp.MLP(784, [256, 128], 10)
     x = torch.randn(128, 784)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_onednn_in_a_chain_is_told_of(with_onednn: None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_stays_nan(with_onednn: None, dtype: torch.dtype) -> None:
-    # oneDNN's own ReLU makes 0 of it: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], "").
+    # oneDNN's own ReLU turns NaN into 0: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], "").
     x, weight, bias = layer(64, 784, dtype=dtype)
     x[0, 0], x[1, 1], x[2, 2], bias[3] = torch.nan, torch.inf, -torch.inf, torch.nan
     with torch.no_grad():
@@ -118,7 +118,7 @@ class Subclass(torch.Tensor):
 
 
 @pytest.mark.parametrize("special", SPECIAL)
-def test_where_anything_is_special_it_is_pytorchs(with_onednn: None, special: str) -> None:
+def test_special_cases_run_pytorchs_operators(with_onednn: None, special: str) -> None:
     change, context = SPECIAL[special]
     tensors: Any = change(layer(64, 784))
     with torch.no_grad(), context():
@@ -139,7 +139,7 @@ def test_transforms_and_tracers(with_onednn: None) -> None:
     assert tangent.abs().max() > 0
 
 
-def test_mistakes_are_torchs(with_onednn: None) -> None:
+def test_mistakes_raise_as_in_pytorch(with_onednn: None) -> None:
     x, weight, bias = layer(64, 784)
     with torch.no_grad():
         for wrong in ((x[:, 1:].contiguous(), weight, bias), (x, weight, bias[1:]), (x, weight[0], bias)):
@@ -180,7 +180,7 @@ def test_training_is_bitwise_pytorchs(with_onednn: None, dtype: torch.dtype) -> 
         nodes = [y.grad_fn]
         while nodes:
             node = nodes.pop()
-            assert not isinstance(node, BackwardCFunction)  # of a torch.autograd.Function, in Python
+            assert not isinstance(node, BackwardCFunction)  # the node of a torch.autograd.Function in Python
             nodes += [n for n, _ in node.next_functions if n is not None]
         y.float().square().sum().backward()
         results.append([y, x.grad, *(p.grad for p in model.parameters())])
@@ -189,7 +189,7 @@ def test_training_is_bitwise_pytorchs(with_onednn: None, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_special_gradients_are_pytorchs(value: float) -> None:
+def test_special_gradients_match_pytorchs(value: float) -> None:
     x, weight, bias = layer(8, 16, N=5)
     x[2, 3] = torch.nan
     weight[1] = 0  # outputs that are exactly 0, where inf * 0 would be NaN
@@ -205,7 +205,7 @@ def test_special_gradients_are_pytorchs(value: float) -> None:
 
 
 def test_an_output_that_is_used_twice(with_onednn: None) -> None:
-    """Masking a gradient in place changes what the other use gets, and the caller's tensor."""
+    """Masking a gradient in place would change the caller's tensor and what the other use gets."""
     results = []
     incoming = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
     before = incoming.clone()
@@ -259,7 +259,7 @@ def test_writes_that_bump_no_version_are_seen(
 
 
 @pytest.mark.parametrize("kind", [fusedmlp.nn.Linear, fusedmlp.nn.LinearReLU])
-def test_no_question_about_sizes_reaches_a_compiler(with_onednn: None, kind: type[torch.nn.Linear]) -> None:
+def test_compilers_see_no_check_of_sizes(with_onednn: None, kind: type[torch.nn.Linear]) -> None:
     model = kind(784, 256)
     batch = torch.export.Dim("batch", min=2, max=100_000)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The predicate: what it lets through, what it does not, and the reason it names."""
+"""The predicate: which calls run on the kernels, which do not, and the reason that it names."""
 
 import itertools
 import subprocess
@@ -35,7 +35,7 @@ class Watching(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# Where the kernels can run: on CPU tensors that is Triton's interpreter.
+# The device on which the kernels run. On a CPU, Triton's interpreter runs them.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -77,7 +77,7 @@ def forward_mode() -> AbstractContextManager[Any]:
     return forward_ad.dual_level()
 
 
-# What is special about the call -> a word of the reason it must name
+# Words of the expected reason -> the arguments and the context of the call
 SPECIAL: dict[str, tuple[Callable[[], tuple[Any, ...]], Callable[[], AbstractContextManager[Any]]]] = {
     "float64": (lambda: tensors(dtype=torch.float64), nullcontext),
     "Subclass": (lambda: (tensors()[0].as_subclass(Subclass), *tensors()[1:]), nullcontext),
@@ -99,7 +99,7 @@ SPECIAL: dict[str, tuple[Callable[[], tuple[Any, ...]], Callable[[], AbstractCon
     "shapes do not fit: input": (lambda: (torch.randn(3, 5, device=DEVICE), *tensors()[1:]), nullcontext),
     "shapes do not fit: bias": (lambda: (*tensors()[:2], torch.randn(7, device=DEVICE)), nullcontext),
     "weight is torch.float64, and the input": (
-        lambda: (tensors()[0], tensors()[1].double(), tensors()[2]),  # which autocast leaves as it is
+        lambda: (tensors()[0], tensors()[1].double(), tensors()[2]),  # autocast does not cast float64
         lambda: torch.autocast(DEVICE, torch.float16),
     ),
     "Forward-mode": (tensors, forward_mode),
@@ -171,21 +171,21 @@ def test_the_rule_of_auto(
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("widths", [(256, 256), (1, 7, 10), (784, 256, 128, 10), (64,) * 9], ids=str)
-def test_the_quick_look_is_the_rule(widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right up to its edge, with CPU tensors that pass for a GPU's."""
+def test_the_quick_check_matches_the_rule(widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They agree up to the limit, for CPU tensors that pass for a GPU's."""
     monkeypatch.setattr(predicate, "_interpreted", lambda x: True)
     monkeypatch.setattr(predicate, "_why_not_here", lambda device_type, index: None)
     weights = [torch.empty(N, K) for K, N in itertools.pairwise(widths)]
     edge = int(predicate._LEAST_FLOPS * len(weights) / 2 / sum(map(torch.numel, weights)))
     shapes = [(rows, widths[0]) for rows in (0, 1, edge - 1, edge, edge + 1, 4 * edge)]
     for shape in [*shapes, (2, edge, widths[0]), (widths[0],)]:
-        x = torch.empty(()).expand(shape)  # of any size in no memory
+        x = torch.empty(()).expand(shape)  # takes no memory at any size
         reason = why_not_fused_mlp(x, weights, [None] * len(weights), final_relu=True)
         assert predicate.surely_too_little(x, weights) is ("too little" in str(reason)), shape
 
 
-def test_where_little_is_computed_no_more_than_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor of anything else that goes to PyTorch in any case."""
+def test_small_calls_skip_the_full_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that run on PyTorch's operators in any case do not compute a reason."""
     x, weight, bias = tensors("meta")
     model = fusedmlp.nn.MLP(4, [5, 3], 2, device="meta")
     with monkeypatch.context() as patched:
@@ -193,11 +193,11 @@ def test_where_little_is_computed_no_more_than_that_is_asked(monkeypatch: pytest
         for layer in (x, x[0], x[None]):
             assert linear_relu(layer, weight, bias).shape == (*layer.shape[:-1], 2)
             assert model(layer).shape == (*layer.shape[:-1], 2)
-    # Who forces or listens gets the reason in words.
+    # Forcing the kernels and explain() still give the reason in words.
     with pytest.raises(RuntimeError, match="The input is on the meta device"), fusedmlp.backend("triton"):
         linear_relu(x, weight, bias)
     assert "The input is on the meta device" in str(fusedmlp.explain(model, x))
-    # And mistakes are PyTorch's to refuse.
+    # Mistakes raise the same type of error as in PyTorch.
     for wrong in ((x[0, 0], weight), (x, weight.t()), (x, None), (x, 3), (None, weight)):
         for function in (
             lambda x, weight: linear_relu(x, weight),
@@ -210,7 +210,7 @@ def test_where_little_is_computed_no_more_than_that_is_asked(monkeypatch: pytest
             assert ours.type is torchs.type, wrong
 
 
-def test_who_traces_sees_no_quick_look() -> None:
+def test_tracers_and_modes_see_no_quick_check() -> None:
     x, weight, bias = tensors("cpu")
 
     def look(x: torch.Tensor) -> torch.Tensor:
@@ -227,7 +227,7 @@ def test_who_traces_sees_no_quick_look() -> None:
 
 
 def test_asking_for_kernels_where_there_are_none_says_why() -> None:
-    """In a process without the interpreter, whatever this one has."""
+    """This runs in a process of its own, without Triton's interpreter."""
     code = (
         "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
         "import torch, fusedmlp\n"

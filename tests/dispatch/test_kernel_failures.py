@@ -1,4 +1,4 @@
-"""A kernel that cannot be built or launched costs one warning and no result, and does not end a tune."""
+"""If a kernel cannot be built or launched, one warning comes, results stay right and a tune goes on."""
 
 import copy
 import warnings
@@ -34,7 +34,7 @@ OUT_OF_MEMORY: dict[str, Callable[[], Exception]] = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_what_triton_raises_has_one_name(name: str, fail: Any, device: torch.device) -> None:
+def test_errors_of_triton_become_kernel_failed(name: str, fail: Any, device: torch.device) -> None:
     fail(forward, "_linear_forward_kernel", ERRORS[name])
     error = ERRORS[name]()
     with pytest.raises(KernelFailed) as failure, fusedmlp.backend("triton"):
@@ -44,7 +44,7 @@ def test_what_triton_raises_has_one_name(name: str, fail: Any, device: torch.dev
     assert message.startswith(f"the Triton kernel linear_forward failed with {type(error).__name__}")
     assert "\n" not in message
     assert not message.endswith(": ")
-    assert not predicate.failed  # who insists may try again
+    assert not predicate.failed  # forced kernels may be tried again
 
 
 @pytest.mark.parametrize("name", OUT_OF_MEMORY)
@@ -88,7 +88,7 @@ def results(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 def test_layers_go_on_with_pytorchs_operators(
     kernel: str, number: int, error: str, fail: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever had been computed by then, the result is whole, and from then on no kernel is tried."""
+    """The result is complete wherever the failure comes, and no kernel is tried afterwards."""
     if "narrow" not in kernel:
         for name in ("narrow_forward", "narrow_backward"):
             monkeypatch.setattr(chain, name, lambda *arguments: None)
@@ -107,7 +107,7 @@ def test_layers_go_on_with_pytorchs_operators(
             (row,) = fusedmlp.explain(model, x).rows
     (warning,) = ours_of(caught)
     assert ".." not in warning
-    if "forward" in kernel:  # a backward may run in a thread of autograd's
+    if "forward" in kernel:  # a backward may run in one of autograd's threads
         assert [w.filename for w in caught if str(w.message) == warning] == [__file__]
     assert "python -m fusedmlp --report" in warning
     assert failing.launches == launched
@@ -121,7 +121,7 @@ def test_layers_go_on_with_pytorchs_operators(
 
 
 def test_compiled_layers_go_on_too(fail: Any, device: torch.device) -> None:
-    """The kernels are operators in a graph that was made before."""
+    """The graph was compiled before the failure, with the kernels in it."""
     torch._dynamo.reset()
     model = nn.MLP(6, [9], 4, device=device)
     x = torch.randn(5, 6, device=device)
@@ -159,11 +159,11 @@ def test_tune_leaves_a_failing_tile_out(error: str, table: None, fail: Any) -> N
     assert {s.mode for s in tuned.stretches} == {"inference"}
     text = str(tuned)
     assert "left out: training of 8 x 16-32-7: the Triton kernel grad_weights failed" in text
-    assert not predicate.failed  # what was measured decides
+    assert not predicate.failed  # a failure in a tune disables no kernel for layers
 
 
 def test_tune_goes_on_without_a_kernel_that_pytorchs_path_needs(table: None, fail: Any) -> None:
-    """Behind its product the mask is ours, in the same pass as the bias gradient."""
+    """After PyTorch's product our relu_backward applies the mask and sums the bias gradient."""
     fail(relu_backward, "relu_backward_kernel", ERRORS["shared memory"])
     tuned = fusedmlp.tune([(8, 16, 16)], torch.float32)
     assert [p.operation for p in tuned.products] == ["forward", "grad_weight"]
@@ -172,7 +172,7 @@ def test_tune_goes_on_without_a_kernel_that_pytorchs_path_needs(table: None, fai
 
 @pytest.mark.gpu
 def test_tiles_that_the_chip_cannot_hold(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the real compiler: 512 KB of shared memory. In the interpreter every tile fits."""
+    """The real compiler refuses 512 KB of shared memory. In the interpreter every tile fits."""
     from fusedmlp.kernels import tiles
 
     monkeypatch.setattr(tiles, "select_tile", lambda *arguments: tiles.Tile(256, 256, 128, 8, 4))

@@ -1,4 +1,4 @@
-"""What was measured decides: which products run on the kernels, and which stretches."""
+"""Measurements decide which products and which chains run on the kernels."""
 
 import json
 import re
@@ -30,7 +30,7 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make products and stretches what was measured on this device."""
+    """Use these products and chains as the measurements of this device."""
 
     def put(products: dict[Any, tuning_table.Product], stretches: dict[Any, tuning_table.Stretch]) -> None:
         table = tuning_table.Table(products, stretches)
@@ -43,7 +43,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def products(choose: Callable[[str, int], float], tile: Tile = SMALL) -> dict[Any, tuning_table.Product]:
-    """Every product of the chain, PyTorch's operator at 1 us and ours at what ``choose`` says."""
+    """Every product of the chain. PyTorch's operator takes 1 us, and ``choose`` gives our time."""
     return {
         (operation, "ieee", tuning_table.bucket(M), N, K): tuning_table.Product(
             tile, choose(operation, i), 1.0
@@ -65,7 +65,7 @@ def launches(model: torch.nn.Module, x: torch.Tensor) -> tuple[list[str], list[s
     return list(row.forward.launches or ()), list(row.backward.launches or ())
 
 
-# Which operations of which layers PyTorch's operator was faster for.
+# The operations and layers for which PyTorch's operator was faster.
 CHOICES = {
     "none": lambda operation, i: False,
     "all": lambda operation, i: True,
@@ -104,9 +104,9 @@ def test_each_product_runs_where_it_was_faster(
         (y,) = reference.mlp_forward(double[0], weights, biases, False, len(weights) - 1)  # type: ignore[arg-type]
         exact = [y, *torch.autograd.grad(y, double, grad_output.double())]
     for one, same, its, true in zip(ours, again, torchs, exact, strict=True):
-        assert torch.equal(one, same)  # nothing saved was written to
+        assert torch.equal(one, same)  # the first backward changed nothing that was saved
         assert_right(one, its, true, "result")
-    # What ran, by hand: a forward of PyTorch's is linear, and relu_ but for the last layer.
+    # The expected launches: PyTorch's forward is linear and, except in the last layer, relu_.
     expected = []
     for i in range(3):
         expected += (["linear"] + ["relu_"] * (i < 2)) if by_torch("forward", i) else ["linear_forward"]
@@ -115,8 +115,8 @@ def test_each_product_runs_where_it_was_faster(
     assert back.count("mm") == len(by_mm)
     assert back.count("grad_input") == 3 - sum(o == "grad_input" for o, _ in by_mm)
     assert back.count("grad_weights") == (sum(o == "grad_weight" for o, _ in by_mm) < 3)
-    # Behind PyTorch's product one pass computes the mask, and the bias gradient with it: not for x, which has
-    # neither; and one sums the last layer's bias gradient where no grad_weights takes it along.
+    # After PyTorch's product one relu_backward applies the mask and sums the bias gradient. The gradient of x
+    # needs neither. Another one sums the last layer's bias gradient if no grad_weights does.
     masks = sum(o == "grad_input" and i > 0 for o, i in by_mm)
     alone = bias and "grad_weights" not in back
     assert back.count("relu_backward") == masks + alone
@@ -129,7 +129,7 @@ def test_each_product_runs_where_it_was_faster(
 def test_one_launch_where_that_was_measured_to_be_faster(
     in_one: bool | None, known: bool, need_x: bool, install: Install, device: torch.device
 ) -> None:
-    """And where nothing was, it is chosen by rule; where only products were, there is one a layer."""
+    """Without measurements a rule decides. If only products were measured, each layer has its launch."""
     for measured, other in (("training", "inference"), ("inference", "training")):
         stretch = {} if in_one is None else stretches(50.0, measured, in_one=in_one)
         install(products(lambda operation, i: 0.5) if known else {}, stretch)
@@ -146,7 +146,7 @@ def test_one_launch_where_that_was_measured_to_be_faster(
 
 
 @pytest.mark.kernels
-def test_forced_is_forced_in_the_backward_too(install: Install, device: torch.device) -> None:
+def test_forced_kernels_run_in_the_backward_too(install: Install, device: torch.device) -> None:
     install(products(lambda operation, i: 2.0), {})
     model, x = chain(device)
     with fusedmlp.backend("triton"):
@@ -155,7 +155,7 @@ def test_forced_is_forced_in_the_backward_too(install: Install, device: torch.de
     assert "linear" not in there
     assert "mm" not in back
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        y.sum().backward()  # out of the block, on a GPU in another thread
+        y.sum().backward()  # outside the block, and on a GPU in another thread
     assert not {"aten::mm", "aten::linear", "aten::addmm"} & {event.name for event in profile.events()}
 
 
@@ -180,7 +180,7 @@ def test_the_measured_tile_is_used(install: Install, device: torch.device) -> No
     assert found[0] == half["b"]
     *_, options = grad_weight._plan(M, ((N, K),), (), 0, setting, None)
     assert options["TILE"] == (128, 128, 64)
-    # Not of unaligned operands, which it was not compiled for, nor of other sizes.
+    # It is not used for other sizes, nor for unaligned operands, for which it was not compiled.
     for sizes, aligned in (((M, N, K), False), ((M, N, 2 * K), True), ((4 * M, N, K), True)):
         assert setting.measured("forward", *sizes, aligned, None) == (None, False)
 
@@ -206,9 +206,9 @@ def test_a_measured_chain_goes_where_it_was_faster(us: float, worth: bool, insta
         assert "as a whole in one launch for training" in predicate._why_fused(x, weights, biases, False)
     else:
         assert reason == f"The kernels are not faster. {figures}"
-    # Where something was measured, it is looked up.
+    # With measurements, the quick check leaves the choice to them.
     assert not predicate.surely_too_little(x, weights)
-    # Another mode, another ending, and what a compiler will fuse were not measured: the rule decides.
+    # The rule decides what was not measured: inference, a final ReLU, and calls that a compiler fuses.
     with torch.no_grad():
         assert "too little" in str(predicate._why_not_worth_it(x, weights, biases, False, False))
     assert "too little" in str(predicate._why_not_worth_it(x, weights, biases, True, False))

@@ -24,8 +24,8 @@ def data(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def peak(run: Callable[[], object]) -> int:
-    """Bytes that PyTorch's allocator gave out at most at a time, over what it had given out before."""
-    gc.collect()  # else it may be that garbage of other tests is freed meanwhile, and counted
+    """The peak of the bytes that PyTorch's allocator gives out during this call."""
+    gc.collect()  # so that no garbage of other tests is freed meanwhile, and counted
     gc.disable()
     try:
         with torch.profiler.profile(
@@ -58,13 +58,13 @@ def test_memory_is_not_above_the_plain_loops(name: str, rows: int, compute_dtype
     ours = peak(lambda: twins.step(x, y))
     with torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype is not None):
         theirs = peak(lambda: twins.plain(x, y))
-    assert theirs > rows * sum(WIDTHS[1:]) * 2  # the activations: it was measured
+    assert theirs > rows * sum(WIDTHS[1:]) * 2  # the measurement has at least the activations
     assert ours <= theirs
 
 
 @pytest.fixture(params=["oneDNN", "PyTorch"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every product by oneDNN, or none."""
+    """Compute every product by oneDNN, or none."""
     if request.param == "oneDNN" and not (torch.backends.mkldnn.is_available() and onednn._is_right()):
         pytest.skip("this PyTorch has no oneDNN")
     reason = None if request.param == "oneDNN" else "a test asks for PyTorch's"
@@ -75,7 +75,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 4100])
 def test_error_of_the_gradients_in_float32(products: str, rows: int) -> None:
-    """At most twice PyTorch's. Between the calls of an accumulation they lie in .grad, halved."""
+    """The error is at most twice PyTorch's. With accumulate=2, .grad holds half of each gradient."""
     twins = Twins(mlp(dtype=torch.float32, widths=(784, 33, 17, 10)), OPTIMIZERS["SGD"], accumulate=2)
     exact = copy.deepcopy(twins.model).double()
     x, y = data(rows)
@@ -146,7 +146,7 @@ def test_onednn_that_is_switched_off_is_not_used(monkeypatch: pytest.MonkeyPatch
 class TestBfloat16:
     @pytest.fixture(autouse=True)
     def able(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Every CPU computes in bfloat16, some slowly."""
+        """Use bfloat16 on every CPU, even if it is slow there."""
         monkeypatch.setattr(cpu_step, "why_not_bfloat16", lambda: None)
 
     @pytest.mark.parametrize("name", ["SGD", "SGD, momentum", "Adam"])
@@ -194,7 +194,7 @@ class TestBfloat16:
         twins.assert_same()
 
     def test_few_rows_are_computed_in_float32(self) -> None:
-        """Where casting the weights takes longer than it saves."""
+        """Below 32 rows, casting the weights takes longer than it saves."""
         twins = Twins(
             mlp(dtype=torch.float32, widths=WIDTHS), OPTIMIZERS["SGD"], compute_dtype=torch.bfloat16
         )
@@ -208,14 +208,14 @@ class TestBfloat16:
         error = (twins.model[2].weight - twins.twin[2].weight).norm() / (twins.twin[2].weight - before).norm()
         assert 1e-4 < error < 0.1
 
-    def test_not_where_it_was_not_asked_for(self) -> None:
+    def test_bfloat16_is_not_the_default(self) -> None:
         twins = Twins(mlp(dtype=torch.float32, widths=WIDTHS), OPTIMIZERS["SGD"])
         x, y = data(64)
         torch.testing.assert_close(twins.step(x, y), twins.plain(x, y), rtol=1e-5, atol=1e-6)
         assert "bfloat16" not in twins.step.explain(x, y)
 
 
-def test_without_units_for_bfloat16_it_is_float32_and_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_units_for_bfloat16_a_step_runs_in_float32_and_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
     twins = Twins(mlp(dtype=torch.float32, widths=WIDTHS), OPTIMIZERS["SGD"], compute_dtype=torch.bfloat16)
@@ -225,6 +225,6 @@ def test_without_units_for_bfloat16_it_is_float32_and_a_note(monkeypatch: pytest
     assert caught[0].filename == __file__
     torch.testing.assert_close(loss, twins.plain(x, y), rtol=1e-5, atol=1e-6)
     assert "neither AMX nor AVX512-BF16" in twins.step.explain(x, y)
-    with warnings.catch_warnings():  # said once
+    with warnings.catch_warnings():  # it warns only once
         warnings.simplefilter("error")
         twins.step(x, y)

@@ -1,4 +1,4 @@
-"""An epoch on resident data is the loop over its batches, in one buffer; what is not finite is told."""
+"""An epoch gives the results of the loop over its batches, and warns if a loss is not finite."""
 
 import warnings
 from typing import Any
@@ -45,7 +45,7 @@ def test_epoch_is_the_loop(name: str, size: int, drop_last: bool) -> None:
     twins.assert_same()
 
 
-def test_without_a_generator_it_is_the_global_one() -> None:
+def test_the_global_generator_is_the_default() -> None:
     losses = []
     for _ in range(2):
         torch.manual_seed(5)
@@ -54,7 +54,7 @@ def test_without_a_generator_it_is_the_global_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_floating_images_are_taken_as_they_are(dtype: torch.dtype) -> None:
+def test_floating_point_images_are_not_scaled(dtype: torch.dtype) -> None:
     twins = Twins(mlp(widths=(12, 9, 5), dtype=dtype), OPTIMIZERS["SGD"])
     x, y = torch.randn(20, 12, dtype=dtype), images()[1]
     ours = twins.step.epoch(x, y, 6, seeded(1))
@@ -68,11 +68,11 @@ def test_images_keep_their_shape_for_a_model_that_wants_it() -> None:
     assert_close(twins.step.epoch(x, y, 6, seeded(1)), plain_epoch(twins, x.double() / 255, y, 6, 1))
     twins.assert_same()
     rows = Twins(mlp(widths=(4, 5)).append(nn.Flatten()).append(nn.Linear(15, 5).double()), OPTIMIZERS["SGD"])
-    x, y = images()  # whose last dimension is what the first layer takes
+    x, y = images()  # their last dimension is the first layer's width
     assert_close(rows.step.epoch(x, y, 6, seeded(1)), plain_epoch(rows, x.double() / 255, y, 6, 1))
 
 
-def test_targets_that_are_no_classes() -> None:
+def test_targets_that_are_not_classes() -> None:
     twins = Twins(mlp(widths=(12, 9, 5)), OPTIMIZERS["Adam"], nn.MSELoss())
     x, y = torch.randn(20, 12).double(), torch.randn(20, 5).double()
     assert_close(twins.step.epoch(x, y, 6, seeded(1)), plain_epoch(twins, x, y, 6, 1))
@@ -111,7 +111,7 @@ def test_loss_that_is_not_finite_is_named_with_its_step(value: float) -> None:
     ) as caught:
         losses = step.epoch(x, y, 2, seeded(3))
     assert caught[0].filename == __file__
-    assert losses.isfinite().tolist() == [True] * 3 + [False] * 3  # as 0 times NaN is NaN
+    assert losses.isfinite().tolist() == [True] * 3 + [False] * 3  # an update of 0 times NaN is NaN
     with torch.no_grad():
         model.weight.fill_(1)
         model.bias.zero_()
@@ -121,7 +121,7 @@ def test_loss_that_is_not_finite_is_named_with_its_step(value: float) -> None:
 
 
 def test_accumulation_goes_on_from_epoch_to_epoch() -> None:
-    """5 batches an epoch, 2 a step: the last batch of an epoch and the first of the next are one step."""
+    """With 5 batches an epoch and 2 a step, the third step takes one batch of each epoch."""
     twins = Twins(mlp(widths=(12, 9, 5)), OPTIMIZERS["Adam"], accumulate=2)
     x, y = images()
     twins.step.epoch(x, y, 4, seeded(1))

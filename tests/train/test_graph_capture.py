@@ -1,4 +1,4 @@
-"""A step in a CUDA graph: what makes it stale, who would miss something; and on a GPU, that it is right."""
+"""A step in a CUDA graph: what makes the graph stale, what rules it out and, on a GPU, its results."""
 
 import copy
 import multiprocessing
@@ -16,7 +16,7 @@ from fusedmlp.train import graph_step
 
 
 class Net(nn.Module):
-    """With what a graph bakes in: a dropout, a batch norm, a number."""
+    """A model with parts that a graph bakes in: a dropout, a batch norm, a number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def test_change_makes_a_graph_stale(name: str) -> None:
         return graph_step.fingerprint(model, CROSS_ENTROPY, optimizer, True)
 
     before = now()
-    for x, y in batches(2, dtype=torch.float32):  # training changes nothing of it
+    for x, y in batches(2, dtype=torch.float32):  # training does not change the fingerprint
         plain(model, CROSS_ENTROPY, optimizer, x, y)
     model.load_state_dict(model.state_dict())
     assert now() == before
@@ -122,7 +122,7 @@ def test_settings_of_the_loss_make_a_graph_stale() -> None:
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_scheduler_reaches_the_tensors_that_a_graph_reads(groups: int) -> None:
-    """Fails if a learning rate is baked into a graph: it is either in the fingerprint or brought to it."""
+    """New learning rates are written to the graph's tensors, so they do not make the graph stale."""
     model = Net()
     parts = [{"params": model.first.parameters()}, {"params": model.last.parameters(), "lr": 0.5}][:groups]
     optimizer = torch.optim.SGD(parts, lr=0.1, momentum=0.9, fused=True)
@@ -169,7 +169,7 @@ def test_optimizers_whose_step_is_captured(make: Any, taken: bool) -> None:
     assert graph_step.takes_update(optimizer) == taken
 
 
-def test_whoever_listens_is_named() -> None:
+def test_what_rules_a_graph_out_is_named() -> None:
     model = Net()
     ((x, y),) = batches(1, dtype=torch.float32)
     loss_fn = nn.CrossEntropyLoss()
@@ -216,9 +216,9 @@ OPTIMIZERS: dict[str, Any] = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_graph_is_the_plain_loop(name: str, clip: float | None, cuda: torch.device) -> None:
-    """With dropout, whose numbers are drawn as in eager; a scheduler at every step; a short last batch;
-    eval(), freezing and load_state_dict on the way."""
+def test_graph_matches_the_plain_loop(name: str, clip: float | None, cuda: torch.device) -> None:
+    """Dropout draws the same numbers as the plain loop. A scheduler steps every time, every fifth batch is
+    short, and eval(), freezing and load_state_dict come in between."""
     model = Net().to(cuda)
     twin = copy.deepcopy(model)
     optimizer, twins = OPTIMIZERS[name](model.parameters()), OPTIMIZERS[name](twin.parameters())
@@ -284,12 +284,12 @@ def what_cannot_be_captured_runs_with_one_warning() -> None:
     assert "Capturing it raised" in step.explain(x, y)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
-    torch.randn(3, device=cuda)  # which raises where a failed capture has left the generator behind
+    torch.randn(3, device=cuda)  # raises if the failed capture has left the generator in capture mode
 
 
 @pytest.mark.gpu
 def test_what_cannot_be_captured_runs_with_one_warning() -> None:
-    """In a process of its own: should the capture leave something broken, it shows here and nowhere else."""
+    """This runs in a process of its own, so that a capture that breaks something breaks no other test."""
     process = multiprocessing.get_context("spawn").Process(
         target=what_cannot_be_captured_runs_with_one_warning
     )

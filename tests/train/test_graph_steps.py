@@ -1,7 +1,6 @@
-"""Steps in CUDA graphs, without a GPU: what is rehearsed, captured, replayed and given up, and when.
+"""Steps in CUDA graphs, tested without a GPU: when they are rehearsed, captured, replayed and given up.
 
-Only the graph itself is a stand-in, which computes at a replay what a GPU would, in the memory that it was
-captured with.
+Only the graph itself is a stand-in. A replay computes what a GPU would, in the memory of the capture.
 """
 
 import copy
@@ -26,7 +25,7 @@ Result = Any
 
 
 class Replayed:
-    """A captured step: it runs nothing when it is captured, and all of it when it is replayed."""
+    """A stand-in for a captured step: capturing it changes no parameter, replaying it runs the step."""
 
     def __init__(self, run: Callable[[], Result], tensors: list[torch.Tensor], model: nn.Module) -> None:
         self.run, self.model = run, model
@@ -47,7 +46,7 @@ class Replayed:
 
 
 class Seeing(nn.Module):
-    """It notes in which memory its inputs lie."""
+    """A model that notes the addresses of its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +81,7 @@ class Steps:
         real = cuda_graph.capture
 
         def capture(run: Callable[[], Result], *where: Any) -> Any:
-            """The real one, for what it does when something fails; then the stand-in for its graph."""
+            """Run the real capture, for what it does on a failure, and return the stand-in for its graph."""
             self.captures += 1
             replayed: list[Replayed] = []
             state = [t for s in self.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
@@ -98,7 +97,7 @@ class Steps:
         monkeypatch.setattr(cuda_graph, "capture", capture)
 
     def train(self, count: int, rows: int = 6) -> list[bool]:
-        """Whether each step ran on the caller's own memory; losses and parameters are the plain loop's."""
+        """Train both models alike, and return for each step whether it ran in the caller's memory."""
         own = []
         for x, y in batches(count, rows, dtype=torch.float32):
             self.model._seen.clear()
@@ -114,7 +113,7 @@ class Steps:
 def test_warm_up_begins_anew_when_a_graph_is_stale(
     optimizer: str, card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps as they are, then one in the graph's own memory, and only then a capture."""
+    """Two steps run in the caller's memory, one rehearses in the graph's memory, and the next is captured."""
     steps = Steps(optimizer, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -125,18 +124,18 @@ def test_warm_up_begins_anew_when_a_graph_is_stale(
         assert steps.captures == 2
         state = copy.deepcopy(steps.twins.state_dict())
         steps.optimizer.load_state_dict(copy.deepcopy(state))
-        anew = optimizer.endswith("fused")  # else the optimizer's step is none of the graph's
+        anew = optimizer.endswith("fused")  # else the graph has no optimizer step in it
         assert steps.train(5) == ([True, True, False, False, False] if anew else [False] * 5)
-        assert steps.train(4, rows=3) == [True, True, False, False]  # another length of batch
+        assert steps.train(4, rows=3) == [True, True, False, False]  # another batch size
         assert steps.train(2) == [False, False]
     card.assert_healthy()
 
 
 @pytest.mark.parametrize("name", ["SGD", "SGD, fused", "Adam", "Adam, fused"])
-def test_a_replay_counts(name: str, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parameters, state, gradients and what the forward writes to, but nothing that it only reads.
+def test_a_replay_raises_versions(name: str, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay raises the version of each tensor that it writes to, and of none that it only reads.
 
-    Of a batch norm's statistics PyTorch itself counts no writing, whatever runs it.
+    A batch norm's statistics are left out, because PyTorch itself does not raise their versions.
     """
 
     class Counting(nn.Module):
@@ -171,7 +170,7 @@ def test_a_replay_counts(name: str, card: Card, monkeypatch: pytest.MonkeyPatch)
 
 
 class _Uncounted:
-    """Makes of the stand-in for a replay, which counts as operators do, one that counts nothing."""
+    """Makes the stand-in's replay raise no versions, like a real replay."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self.tensors = tensors
@@ -226,7 +225,7 @@ def test_a_failed_capture_costs_one_warning_and_no_step(
     assert not steps.graphs.graphs
     x, y = batches(1, dtype=torch.float32)[0]
     assert f"failed at {point}" in str(steps.step._why_not_graph(x, y))
-    # Those that backward had reached lay in the graph's memory.
+    # Gradients of the failed capture are gone with the graph's memory, so these must be new ones.
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in steps.model.parameters())
 
 
@@ -248,8 +247,8 @@ def test_a_model_that_counts_its_calls_is_given_up(card: Card, monkeypatch: pyte
     assert steps.captures == 0
 
 
-def test_an_error_of_the_users_own_is_the_users(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In whatever step of the warm-up: it is raised, and the step counts as not done."""
+def test_an_error_of_the_user_is_raised(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised in every step of the warm-up, and no graph is captured."""
     steps = Steps("SGD", monkeypatch)
     wrong = torch.randn(6, 7), torch.full((6,), 77)
     for _ in range(5):
@@ -262,7 +261,7 @@ def test_an_error_of_the_users_own_is_the_users(card: Card, monkeypatch: pytest.
 
 
 def test_the_backend_is_in_the_fingerprint() -> None:
-    """A graph has kernels or PyTorch's operators in it, whatever is chosen later."""
+    """A graph keeps the kernels or PyTorch's operators that it was captured with."""
     model = Seeing()
     optimizer = OPTIMIZERS["SGD"](model.parameters())
     found = []
@@ -274,7 +273,7 @@ def test_the_backend_is_in_the_fingerprint() -> None:
 
 @pytest.fixture
 def alone(tmp_path: Any) -> Any:
-    """A process group of one."""
+    """A process group of one process."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     yield
@@ -333,7 +332,7 @@ def test_steps_that_no_graph_can_repeat(
 
 
 def test_an_interrupted_capture_leaves_no_gradients(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would lie in memory of a graph that is gone; and the step can be tried again."""
+    """They would lie in the freed memory of the graph. The step can be tried again."""
     steps = Steps("SGD", monkeypatch)
     steps.train(3)
     capture = cuda_graph.capture

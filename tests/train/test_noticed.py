@@ -1,4 +1,4 @@
-"""What a step does is noticed: by autograd's checks of versions, and by hooks on nodes of its graph."""
+"""Autograd's version checks notice what a step writes, and hooks on graph nodes are called."""
 
 import copy
 from collections.abc import Callable
@@ -33,8 +33,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "Adam, foreach", "AdamW, foreach"])
 @pytest.mark.parametrize("route", ["Direct", "Ordinary"])
-def test_every_tensor_that_is_written_to_is_counted(route: str, name: str, options: str) -> None:
-    """Also where PyTorch's fused optimizers leave that out."""
+def test_every_written_tensor_gets_a_new_version(route: str, name: str, options: str) -> None:
+    """This includes optimizers whose fused form in PyTorch raises no versions."""
     kinds = {
         "Adam, foreach": lambda p: torch.optim.Adam(p, foreach=True),
         "AdamW, foreach": lambda p: torch.optim.AdamW(p, foreach=True),
@@ -53,7 +53,7 @@ def test_every_tensor_that_is_written_to_is_counted(route: str, name: str, optio
 
 @pytest.mark.parametrize("name", ["SGD", "SGD, momentum", "Adam", "AdamW", "Adam, fused"])
 def test_an_older_graph_is_not_run_backward_on_newer_values(name: str) -> None:
-    """Of a graph that needs the weights and not their gradients, as a GAN's through a frozen judge."""
+    """The graph needs the weights but not their gradients, as a GAN's does through a frozen discriminator."""
     twins = Twins(mlp(), OPTIMIZERS[name])
     twins.train(batches(2), "Direct")
     twins.model.requires_grad_(False)
@@ -68,7 +68,7 @@ def test_an_older_graph_is_not_run_backward_on_newer_values(name: str) -> None:
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", ["SGD, momentum", "AdamW"])
 @pytest.mark.parametrize("epoch", [False, True])
-def test_two_launches_count(name: str, epoch: bool, device: torch.device) -> None:
+def test_two_launches_raise_versions(name: str, epoch: bool, device: torch.device) -> None:
     model = mlp(widths=(12, 16, 5), dtype=torch.float32).to(device)
     optimizer = OPTIMIZERS[name](model.parameters())
     step = fusedmlp.TrainStep(model, CROSS_ENTROPY, optimizer)
@@ -87,7 +87,7 @@ def test_two_launches_count(name: str, epoch: bool, device: torch.device) -> Non
 
 @pytest.fixture(params=["register_hook", "register_prehook", "view_as"])
 def hooked(request: pytest.FixtureRequest) -> Callable[[nn.Parameter, list[int]], Any]:
-    """Puts a hook on a parameter's node, and returns what the caller has to hold: the node."""
+    """Adds a hook to a parameter's node, and returns the node, which the caller must hold."""
 
     def add(parameter: nn.Parameter, calls: list[int]) -> Any:
         if request.param == "view_as":
@@ -114,14 +114,14 @@ def test_a_hook_on_a_node_that_is_held_is_called(name: str, which: int, hooked: 
     twins.train(batches(3), "Ordinary")
     assert len(calls[0]) == len(calls[1]) == 3
     assert "AccumulateGrad" in twins.step.explain(*batches(1)[0])
-    nodes.clear()  # and with the nodes go the hooks, in PyTorch too
+    nodes.clear()  # the hooks go with the nodes, in PyTorch too
     twins.train(batches(2), "Direct")
     assert len(calls[0]) == len(calls[1]) == 3
     twins.assert_same()
 
 
 def test_a_graph_that_is_held_holds_the_nodes() -> None:
-    """And who only holds a view, or a detached tensor, holds none."""
+    """Detached tensors, and views made under no_grad, do not hold them."""
     twins = Twins(mlp(), OPTIMIZERS["SGD"])
     twins.train(batches(2), "Direct")
     weight = twins.model[0].weight
@@ -162,7 +162,7 @@ def test_neither_two_launches_nor_a_graph_pass_over_a_node(
 
 
 def test_two_networks_that_train_in_turn_as_a_gan() -> None:
-    """Two optimizers, and one graph through both networks; to be the loop's, step for step."""
+    """Each network has its optimizer, and one graph goes through both. The results match the loop's."""
 
     def gan(fused: bool) -> list[Any]:
         torch.manual_seed(7)

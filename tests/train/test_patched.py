@@ -1,6 +1,6 @@
-"""Somebody replaces a function of PyTorch for all, as LoRA tools, profilers and FLOP counters do.
+"""LoRA tools, profilers and FLOP counters replace functions of PyTorch globally.
 
-It is called as often as by a model of torch.nn, with the same results: layers and steps run as torch.nn does.
+Fused layers and steps then call the replacement as often as torch.nn does, with the same results.
 """
 
 import copy
@@ -42,7 +42,7 @@ STEPS: dict[str, tuple[Any, str]] = LAYERS | {
 
 
 class Net(tnn.Module):
-    """Somebody's model: a Sequential, and a ReLU that its forward calls."""
+    """A user's model with a Sequential, and with F.relu in its forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,10 +120,10 @@ def run(model: tnn.Module, calls: list[str], x: torch.Tensor) -> tuple[list[Any]
 )
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_calls_what_replaced_torchs(
+def test_layers_call_the_replacement(
     name: str, kind: str, route: Route, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before and after it was replaced the layers run as always: nothing is remembered."""
+    """The layers run as usual before the replacement and after it is undone."""
     ours, torchs = MODELS[kind]()
     x = torch.randn(40, 5)
     before, _ = run(ours, [], x)
@@ -142,7 +142,7 @@ def test_a_layer_calls_what_replaced_torchs(
 
 
 @pytest.mark.kernels
-def test_a_layer_of_ours_alone_calls_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_relu_calls_the_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.LinearReLU(5, 3), torch.randn(4, 5)
     for name in ("torch.nn.Linear.forward", "torch.nn.functional.linear", "torch.nn.functional.relu"):
         calls: list[str] = []
@@ -154,7 +154,7 @@ def test_a_layer_of_ours_alone_calls_it_too(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", LAYERS)
-def test_explain_names_it_and_who_insists_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_names_it_and_forced_kernels_raise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(4, 5)
     patch(name, monkeypatch, [])
     with taken(Route(True)):
@@ -169,9 +169,7 @@ def test_explain_names_it_and_who_insists_is_refused(name: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("optimizer", ["SGD, momentum", "Adam", "AdamW"])
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_calls_what_replaced_torchs(
-    name: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_calls_the_replacement(name: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loss_fn = MSE if name.endswith("mse_loss") else CROSS_ENTROPY
     model = tnn.Sequential(tnn.Flatten(), *mlp())
     twins = Twins(model, OPTIMIZERS[optimizer], loss_fn)
@@ -197,7 +195,7 @@ def test_a_step_calls_what_replaced_torchs(
 
 
 def test_nothing_is_taken_for_replaced() -> None:
-    """Compiling, tracing and optimizers replace nothing."""
+    """Compiling and tracing do not count as replacing a function."""
     model = tnn.Sequential(tnn.Linear(3, 2), tnn.ReLU())
     torch.compile(model, backend="eager")(torch.randn(2, 3))
     torch.fx.symbolic_trace(model)
@@ -206,8 +204,8 @@ def test_nothing_is_taken_for_replaced() -> None:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", sorted({*LAYERS} - {"torch.nn.Module._call_impl"}))  # compiled away
-def test_what_is_compiled_notices_it_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the kernels are in the compiled code."""
+def test_compiled_layers_notice_the_replacement(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do so even if the kernels are in the compiled code."""
     torch.compiler.reset()
     model, x = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(4, 5)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

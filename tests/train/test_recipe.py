@@ -1,4 +1,4 @@
-"""What is not known takes the ordinary step, which says why; and whoever listens in hears everything."""
+"""Whatever the direct route does not support takes the ordinary step; hooks and modes see everything."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -102,7 +102,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 @pytest.mark.parametrize("name", MODELS)
-def test_models_that_are_not_known(name: str) -> None:
+def test_models_without_a_direct_route(name: str) -> None:
     build, reason = MODELS[name]
     model = build()
     step = fusedmlp.TrainStep(model, CROSS_ENTROPY, SGD(model.parameters()))
@@ -115,7 +115,7 @@ def test_models_that_are_not_known(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["dropout", "tied weights", "a layer twice", "other strides", "a frozen parameter", "tanh"]
 )
-def test_models_that_are_not_known_train_as_in_the_plain_loop(name: str) -> None:
+def test_models_without_a_direct_route_train_as_in_the_plain_loop(name: str) -> None:
     twins = Twins(MODELS[name][0](), SGD)
     twins.train(batches(3), "Ordinary")
     twins.assert_same()
@@ -134,7 +134,7 @@ OTHER_LOSSES: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", OTHER_LOSSES)
-def test_losses_that_are_not_known(name: str) -> None:
+def test_losses_without_a_direct_route(name: str) -> None:
     twins = Twins(mlp(), SGD, OTHER_LOSSES[name]())
     data = batches(3)
     if name == "sum of squares":
@@ -167,10 +167,10 @@ OTHER_OPTIMIZERS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str]] 
 
 
 @pytest.mark.parametrize("name", OTHER_OPTIMIZERS)
-def test_optimizers_that_are_not_known(name: str) -> None:
+def test_optimizers_without_a_direct_route(name: str) -> None:
     make, reason = OTHER_OPTIMIZERS[name]
     twins = Twins(mlp(), make)
-    if name == "differentiable":  # which steps on parameters that no graph may reach
+    if name == "differentiable":  # PyTorch's step raises for leaf parameters
         ((x, y),) = batches(1)
         assert reason in twins.step.explain(x, y)
         return
@@ -202,7 +202,7 @@ class Moment(torch.Tensor):
 
 UNUSUAL_STATE: dict[str, Callable[[torch.Tensor], Any]] = {
     "another dtype": lambda tensor: tensor.float(),
-    "another shape": lambda tensor: tensor[:1].clone(),  # which broadcasts
+    "another shape": lambda tensor: tensor[:1].clone(),  # it would broadcast
     "transposed": lambda tensor: tensor.t().contiguous().t(),
     "one value for all": lambda tensor: tensor.new_full((), 0.5).expand_as(tensor),
     "another device": lambda tensor: tensor.to("meta"),
@@ -217,7 +217,7 @@ IN_STATE = {"SGD, momentum": ["momentum_buffer"], "Adam": ["exp_avg", "exp_avg_s
     ("optimizer", "name"), [(optimizer, name) for optimizer in IN_STATE for name in IN_STATE[optimizer]]
 )
 def test_state_that_is_not_like_its_parameter(optimizer: str, name: str, change: str) -> None:
-    """The plain loop takes some of it and raises for the rest: so does a step."""
+    """A step accepts or rejects such state as the plain loop does."""
     twins = Twins(mlp(), OPTIMIZERS[optimizer])
     twins.train(batches(2), "Direct")
     for model, of in ((twins.model, twins.optimizer), (twins.twin, twins.twins)):
@@ -240,7 +240,7 @@ def test_state_that_is_not_like_its_parameter(optimizer: str, name: str, change:
 @pytest.mark.parametrize("name", ["0.weight", "2.bias", "4.weight"])
 @pytest.mark.parametrize("optimizer", ["SGD", "SGD, momentum", "Adam"])
 def test_one_parameter_that_was_made_in_inference_mode(optimizer: str, name: str) -> None:
-    """The plain loop trains the first layer's weight and raises for others: so does a step."""
+    """Like the plain loop, a step trains the first layer's weight and raises for other parameters."""
     found = []
     for fused in (True, False):
         torch.manual_seed(4)
@@ -249,7 +249,7 @@ def test_one_parameter_that_was_made_in_inference_mode(optimizer: str, name: str
         with torch.inference_mode():
             setattr(model[int(layer)], kind, nn.Parameter(getattr(model[int(layer)], kind).detach().clone()))
         made = OPTIMIZERS[optimizer](model.parameters())
-        for parameter in model.parameters():  # the state, which a first step would have made
+        for parameter in model.parameters():  # the state that a first step makes
             names = IN_STATE.get(optimizer, [])
             made.state[parameter].update({key: torch.zeros(parameter.shape).double() for key in names})
             if optimizer == "Adam":
@@ -427,7 +427,7 @@ LISTENERS: dict[str, Callable[[Twins, Heard], Any]] = {
 
 
 @pytest.mark.parametrize("name", LISTENERS)
-def test_whoever_listens_hears(name: str) -> None:
+def test_hooks_and_modes_see_everything(name: str) -> None:
     loss_fn = nn.CrossEntropyLoss()
     twins = Twins(mlp(), SGD, loss_fn)
     twins.train(batches(1), "Direct")
@@ -461,7 +461,7 @@ def test_hook_that_changes_the_gradient() -> None:
         (lambda x, y: (x.to_sparse(), y), "sparse"),
     ],
 )
-def test_arguments_that_are_not_known(change: Any, reason: str) -> None:
+def test_arguments_without_a_direct_route(change: Any, reason: str) -> None:
     twins = Twins(mlp(), SGD)
     x, y = change(*batches(1)[0])
     assert reason in twins.step.explain(x, y)
@@ -502,7 +502,7 @@ def test_input_that_is_many_tensors(compute_dtype: torch.dtype | None) -> None:
     twins.assert_same()
 
 
-def test_kernels_that_are_forced_are_not_passed_by() -> None:
+def test_forced_kernels_rule_out_the_direct_route() -> None:
     twins = Twins(mlp(), SGD)
     with fusedmlp.backend("triton"):
         assert "backend('triton')" in twins.step.explain(*batches(1)[0])

@@ -1,4 +1,4 @@
-"""Parameters, state and data that lie in each other's memory: a step is the loop's, whatever it is."""
+"""A step gives the plain loop's results even if parameters, state or data share memory."""
 
 import itertools
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def x_is_a_weight(case: Case) -> Case:
 
 
 def x_is_columns_beside_a_weight(case: Case) -> Case:
-    """They share no number, but have rows in turn: a step may refuse that as well."""
+    """Their rows alternate and share no element. The direct route may refuse this as well."""
     flat = torch.randn(72).double()
     case[0][2].bias.data = flat[12:18]
     return *case[:2], flat.view(6, 12)[:, :6], case[3]
@@ -114,7 +114,7 @@ KINDS: list[Callable[[Case], Case]] = [
 
 @pytest.mark.parametrize("optimizer", ["SGD", "SGD, weight decay", "SGD, Nesterov", "Adam", "AdamW"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_a_step_is_the_loops(kind: Callable[[Case], Case], optimizer: str) -> None:
+def test_a_step_matches_the_plain_loop(kind: Callable[[Case], Case], optimizer: str) -> None:
     model, made, x, y = kind(parts(optimizer))
     twin, its, twins_x, twins_y = kind(parts(optimizer))
     step = fusedmlp.TrainStep(model, MSE, made)
@@ -123,7 +123,7 @@ def test_a_step_is_the_loops(kind: Callable[[Case], Case], optimizer: str) -> No
         assert_close(step(x, y), plain(twin, MSE, its, twins_x, twins_y))
         assert_close(model.state_dict(), twin.state_dict())
     assert_close(x, twins_x)
-    # y, and x but for SGD, is read before anything is written.
+    # y is read before anything is written, and so is x unless the optimizer is SGD.
     of_state = kind in (one_state_twice, state_is_a_weight) and not names_of(made.state[model[2].weight])
     if kind is y_is_a_weight or (kind.__name__.startswith("x") and "SGD" not in optimizer) or of_state:
         assert said.startswith("Direct"), said
@@ -163,8 +163,8 @@ GRADS: dict[str, tuple[Callable[[Any], None], str]] = {
 
 
 @pytest.mark.parametrize("name", GRADS)
-def test_gradients_that_wait(name: str) -> None:
-    """Between the calls that accumulate."""
+def test_accumulated_gradients(name: str) -> None:
+    """Accumulated gradients may share memory or have an unusual layout."""
     change, said = GRADS[name]
     losses, states = [], []
     for fused in (True, False):
@@ -197,7 +197,7 @@ def test_the_smallest_case() -> None:
     model[4].weight.data = model[2].weight.data
     step = fusedmlp.TrainStep(model, MSE, torch.optim.SGD(model.parameters(), lr=0.1))
     step(torch.ones(1, 1).double(), torch.zeros(1, 1).double())
-    # The output is 1, and its gradient 2: each weight's is 2 times 1.
+    # The output is 1 and its gradient is 2, so each weight's gradient is 2. The shared weight steps twice.
     assert_close(model[0].weight.item(), 0.8)
     assert_close(model[2].weight.item(), 0.6)
 
@@ -215,7 +215,7 @@ def test_views_of_one_buffer_that_do_not_overlap_stay_fast(optimizer: str) -> No
     y = next(views).view_as(y)
     for s, name in state:
         view = next(views).view_as(s[name])
-        if name != "step":  # which is float32
+        if name != "step":  # it is float32
             s[name] = view
     step = fusedmlp.TrainStep(model, MSE, made)
     twin, its, twins_x, twins_y = parts(optimizer)
@@ -226,7 +226,7 @@ def test_views_of_one_buffer_that_do_not_overlap_stay_fast(optimizer: str) -> No
 
 
 def test_layers_without_inputs_or_outputs_share_nothing() -> None:
-    """They may all begin at one address."""
+    """Empty tensors may all begin at one address."""
     model = nn.Sequential(nn.Linear(4, 0), nn.ReLU(), nn.Linear(0, 0), nn.ReLU(), nn.Linear(0, 3))
     found = recipe.recipe_of(model, CROSS_ENTROPY, torch.optim.SGD(model.parameters(), lr=0.1))
     assert not isinstance(found, str), found
@@ -235,7 +235,7 @@ def test_layers_without_inputs_or_outputs_share_nothing() -> None:
 @pytest.mark.kernels
 @pytest.mark.parametrize("kind", [one_weight_twice, x_is_a_weight, y_is_a_weight, one_state_twice])
 def test_not_in_two_launches(kind: Callable[[Case], Case], device: torch.device) -> None:
-    """Where programs read what others write at the same time."""
+    """Shared memory is refused, because some programs would read what others write at the same time."""
     torch.manual_seed(3)
     model = mlp(widths=(16, 16, 16, 16), dtype=torch.float32).to(device)
     made = OPTIMIZERS["Adam"](model.parameters())
@@ -250,7 +250,7 @@ def test_not_in_two_launches(kind: Callable[[Case], Case], device: torch.device)
 
 
 def numbers(tensor: torch.Tensor) -> set[int]:
-    """The addresses of its numbers."""
+    """The addresses of the tensor's elements."""
     places = itertools.product(*map(range, tensor.shape))
     strides = tensor.stride()
     return {
@@ -260,9 +260,9 @@ def numbers(tensor: torch.Tensor) -> set[int]:
 
 @settings(deadline=None, max_examples=200)
 @given(st.data())
-def test_what_shares_a_number_is_found(data: st.DataObject) -> None:
-    """Any views of one buffer; what is contiguous and shares none is not taken for sharing."""
-    flat = torch.zeros(25, dtype=torch.float64)  # the widest view reaches 24 behind its first
+def test_tensors_that_share_an_element_are_found(data: st.DataObject) -> None:
+    """This holds for any views of one buffer. Contiguous views that share no element are not refused."""
+    flat = torch.zeros(25, dtype=torch.float64)  # the widest view ends 24 elements after its first
 
     def piece() -> torch.Tensor:
         start = data.draw(st.integers(0, 25))

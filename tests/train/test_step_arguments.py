@@ -1,4 +1,4 @@
-"""What TrainStep takes: every optimizer of torch.optim; and a clear error for what cannot be meant."""
+"""TrainStep takes every optimizer of torch.optim, and raises a clear error for wrong arguments."""
 
 import itertools
 from collections.abc import Callable
@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"lr": 0.1}, "LBFGS": {"lr": 0.1, "
 
 
 class Words(nn.Module):
-    """With sparse gradients alone, which SparseAdam wants."""
+    """A model with only sparse gradients, which SparseAdam needs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Words(nn.Module):
 
 
 def documented(twins: Twins, x: torch.Tensor, y: torch.Tensor, clip: float | None) -> torch.Tensor:
-    """One step as torch.optim's documentation shows it for optimizers that want a closure; and for others."""
+    """One step as torch.optim's documentation shows it, with a closure for optimizers that need one."""
     first: list[torch.Tensor] = []
 
     def closure() -> torch.Tensor:
@@ -59,7 +59,7 @@ def documented(twins: Twins, x: torch.Tensor, y: torch.Tensor, clip: float | Non
 
 
 class Twice(torch.optim.SGD):
-    """Somebody's optimizer: two steps on one batch."""
+    """A user's optimizer that steps twice on each batch."""
 
     def step(self, closure: Any) -> Any:  # type: ignore[override]
         with torch.enable_grad():
@@ -74,14 +74,14 @@ class Twice(torch.optim.SGD):
 @pytest.mark.filterwarnings("ignore:.*SparseAdam")
 @pytest.mark.parametrize(
     ("name", "clip"),
-    # PyTorch clips no sparse gradients.
+    # PyTorch cannot clip sparse gradients.
     [(c, clip) for c in [*CLASSES, "Twice"] for clip in (None, 0.3) if (c, clip) != ("SparseAdam", 0.3)],
 )
 def test_every_optimizer_is_as_in_the_loop(name: str, clip: float | None) -> None:
     kind: Any = Twice if name == "Twice" else getattr(torch.optim, name)
     options = OPTIONS.get(name, {"lr": 0.1} if name == "Twice" else {})
     sparse = name == "SparseAdam"
-    model: nn.Module = Words() if sparse else mlp(bias=name != "Muon")  # Muon takes matrices
+    model: nn.Module = Words() if sparse else mlp(bias=name != "Muon")  # Muon takes only matrices
     twins = Twins(model, lambda p: kind(p, **options), CROSS_ENTROPY, clip_grad_norm=clip)
     for x, y in batches(4):
         x = torch.randint(0, 9, (6, 3)) if sparse else x
@@ -111,7 +111,7 @@ def test_lbfgs_in_an_epoch_and_under_a_scheduler() -> None:
 @pytest.mark.parametrize(
     "options", [{"accumulate": 2}, {"scaler": torch.amp.GradScaler("cpu")}], ids=["accumulate", "scaler"]
 )
-def test_a_closure_goes_with_neither(options: dict[str, Any]) -> None:
+def test_lbfgs_with_accumulation_or_a_scaler_raises(options: dict[str, Any]) -> None:
     model = mlp()
     with pytest.raises(ValueError, match="LBFGS computes the loss several times a step"):
         fusedmlp.TrainStep(model, CROSS_ENTROPY, torch.optim.LBFGS(model.parameters()), **options)
@@ -128,7 +128,7 @@ def test_an_optimizer_that_computes_no_loss() -> None:
         step(*batches(1)[0])
 
 
-# --- what cannot be meant ---
+# --- wrong arguments ---
 
 MODEL = mlp()
 OPTIMIZER = sgd(MODEL.parameters())
@@ -190,7 +190,7 @@ ARGUMENTS: dict[str, tuple[tuple[Any, Any, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_a_clear_error_when_it_is_made(name: str) -> None:
+def test_wrong_arguments_raise_a_clear_error(name: str) -> None:
     arguments, error, text = ARGUMENTS[name]
     with pytest.raises(error, match=text):
         fusedmlp.TrainStep(*arguments)
@@ -220,8 +220,8 @@ class Centers(nn.Module):
         return (output - self.centers[y]).square().sum()
 
 
-def test_a_loss_may_be_what_is_trained() -> None:
-    """And so may a model that has no parameters, or frozen ones, with it."""
+def test_a_loss_with_parameters_is_trained() -> None:
+    """The model may then have no parameters, or only frozen ones."""
     loss_fn = Centers()
     for model in (nn.Flatten(), mlp().requires_grad_(False)):
         step = fusedmlp.TrainStep(model, loss_fn, sgd(loss_fn.parameters()))
@@ -245,7 +245,7 @@ def test_a_loss_may_be_what_is_trained() -> None:
     ids=["load_state_dict(assign=True)", "new parameters"],
 )
 def test_parameters_that_are_replaced_later(change: Callable[[nn.Module], Any]) -> None:
-    """Then the optimizer has those that were: the loop trains nothing and does not say so."""
+    """The optimizer still has the old parameters, so PyTorch's loop would silently train nothing."""
     model = mlp()
     step = fusedmlp.TrainStep(model, CROSS_ENTROPY, sgd(model.parameters()))
     step(*batches(1)[0])
@@ -294,7 +294,7 @@ EPOCHS: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize("name", EPOCHS)
 def test_a_clear_error_of_an_epoch(name: str) -> None:
-    """And nothing has been trained, and no random number drawn."""
+    """The error comes before any training and before any random number is drawn."""
     images, labels, options, error, text = EPOCHS[name]
     model = mlp()
     step = fusedmlp.TrainStep(model, CROSS_ENTROPY, sgd(model.parameters()))

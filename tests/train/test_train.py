@@ -1,4 +1,4 @@
-"""TrainStep gives what the plain loop gives: losses, parameters, the optimizer's state; whatever changes."""
+"""TrainStep gives the plain loop's losses, parameters and optimizer state, whatever changes."""
 
 import copy
 import gc
@@ -18,7 +18,7 @@ import fusedmlp
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_direct_step_is_the_plain_loops(name: str, bias: bool) -> None:
+def test_direct_step_matches_the_plain_loop(name: str, bias: bool) -> None:
     twins = Twins(mlp(bias=bias), OPTIMIZERS[name])
     twins.train(batches(12), "Direct")
     twins.assert_same()
@@ -62,7 +62,7 @@ def test_flatten() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_float32_over_200_steps(name: str) -> None:
-    """The bound is that of the package for float32, 1e-4; a ReLU that rounding turns costs a part of that."""
+    """The bound is the package's for float32, 1e-4. A ReLU that rounding switches takes up part of it."""
     twins = Twins(mlp(dtype=torch.float32, widths=(20, 16, 10)), OPTIMIZERS[name])
     x = torch.randn(64, 20)
     y = (x @ torch.randn(20, 10)).argmax(1)
@@ -116,7 +116,7 @@ def test_load_state_dict_is_noticed(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["SGD", "SGD, momentum", "Adam"])
 def test_scheduler(name: str) -> None:
-    """Fails if a learning rate of an earlier step is used; and the scheduler is to know of the steps."""
+    """Each step uses the current learning rate, and the scheduler sees that the optimizer has stepped."""
     twins = Twins(mlp(), OPTIMIZERS[name])
     schedulers = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.7**step)
@@ -173,7 +173,7 @@ def test_edit_of_a_group_is_noticed(name: str, change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["SGD, weight decay", "SGD, momentum", "Adam", "AdamW"])
-def test_groups_of_their_own(name: str) -> None:
+def test_parameter_groups(name: str) -> None:
     def make(parameters: Any) -> torch.optim.Optimizer:
         parameters = list(parameters)
         groups = [
@@ -223,7 +223,7 @@ def test_freezing_and_unfreezing(name: str) -> None:
 
 
 def test_values_written_past_the_version_counter() -> None:
-    """By .data, through numpy and by a fused optimizer: none of which PyTorch counts."""
+    """Writes by .data, through numpy and by a fused optimizer do not raise a tensor's version."""
     twins = Twins(mlp(), OPTIMIZERS["SGD, fused"])
     twins.train(batches(2))
     for model in (twins.model, twins.twin):
@@ -251,7 +251,7 @@ def test_replaced_parameter_is_noticed() -> None:
 def test_gradients_and_arguments_afterwards() -> None:
     twins = Twins(mlp(), OPTIMIZERS["SGD"])
     ((x, y),) = batches(1)
-    F.cross_entropy(twins.model(x), y).backward()  # somebody's gradients, which zero_grad would drop
+    F.cross_entropy(twins.model(x), y).backward()  # old gradients, which zero_grad drops
     before = x.clone(), y.clone()
     loss = twins.step(x, y)
     assert all(p.grad is None for p in twins.model.parameters())
@@ -294,12 +294,12 @@ def test_nan_and_infinity_go_where_they_go_in_pytorch(name: str, value: float) -
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_units_at_rest_take_no_part_in_a_gradient_of_nan(value: float) -> None:
-    """The gradient is 0 where a ReLU's output is 0, which `grad * (y > 0)` is not: NaN times 0 is NaN."""
+def test_a_relu_at_0_stops_a_gradient_of_nan(value: float) -> None:
+    """The gradient is 0 where a ReLU's output is 0. `grad * (y > 0)` would be NaN, as NaN times 0 is."""
     twins = Twins(mlp(widths=(7, 9, 5)), OPTIMIZERS["SGD"])
     for model in (twins.model, twins.twin):
         with torch.no_grad():
-            model[0].bias[:4] = -100.0  # at rest whatever comes
+            model[0].bias[:4] = -100.0  # these units output 0 for every input
             model[2].weight[0, 5] = value
     twins.train(batches(1), "Direct")
     assert twins.twin[0].weight[:4].isfinite().all()
@@ -324,7 +324,7 @@ def test_ignore_index(ignored: int) -> None:
     twins.assert_same()
 
 
-def test_class_that_is_none_raises_and_changes_nothing() -> None:
+def test_invalid_class_raises_and_changes_nothing() -> None:
     twins = Twins(mlp(), OPTIMIZERS["Adam"])
     twins.train(batches(2), "Direct")
     ((x, y),) = batches(1)
@@ -395,7 +395,7 @@ def test_scaler() -> None:
     scaler, twin_scaler = (torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2) for _ in range(2))
     twins = Twins(mlp(dtype=torch.float32), OPTIMIZERS["SGD"], scaler=scaler, clip_grad_norm=0.1)
     data = batches(6, dtype=torch.float32)
-    data[3][0].fill_(float("inf"))  # of which the scaler leaves the step out
+    data[3][0].fill_(float("inf"))  # the scaler skips the step of this batch
     for x, y in data:
         assert "GradScaler" in twins.step.explain(x, y)
         ours = twins.step(x, y)
@@ -411,7 +411,7 @@ def test_scaler() -> None:
     twins.assert_same()
 
 
-def test_options_that_are_none() -> None:
+def test_invalid_options() -> None:
     model = mlp()
     arguments = model, CROSS_ENTROPY, torch.optim.SGD(model.parameters())
     with pytest.raises(ValueError, match="accumulate"):
@@ -441,7 +441,7 @@ def test_number_of_threads_is_left_alone() -> None:
 
 @pytest.mark.parametrize("loss_fn", [CROSS_ENTROPY, lambda y, target: CROSS_ENTROPY(y, target)])
 def test_nothing_waits_for_the_collector_of_garbage(loss_fn: Any) -> None:
-    """A step, its model and its buffers are gone when nobody has them any more."""
+    """A step, its model and its buffers are freed once nothing refers to them."""
     gc.collect()
     gc.disable()
     try:

@@ -48,7 +48,7 @@ def batch(device: torch.device, rows: int = 12) -> tuple[torch.Tensor, torch.Ten
 
 
 def twins(model: torch.nn.Module, make: Any) -> list[tuple[torch.nn.Module, torch.optim.Optimizer]]:
-    """Ours, PyTorch's in float32 and in float64."""
+    """Our model, PyTorch's in float32 and PyTorch's in float64, each with its optimizer."""
     models = [model, copy.deepcopy(model), copy.deepcopy(model).double()]
     return [(one, make(one.parameters())) for one in models]
 
@@ -65,7 +65,7 @@ def loop(
 
 
 def assert_same(three: list[tuple[torch.nn.Module, torch.optim.Optimizer]]) -> None:
-    """Ours is as near to float64 as PyTorch is, the optimizer's state with it."""
+    """Our parameters and optimizer state are as near to float64 as PyTorch's."""
     floor = 32 * torch.finfo(torch.float32).eps
     for parts in zip(*(model.parameters() for model, _ in three), strict=True):
         assert_right(*(p.detach() for p in parts), floor=floor)
@@ -87,7 +87,7 @@ def taken(step: fusedmlp.TrainStep, x: torch.Tensor, y: torch.Tensor) -> bool:
 )
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_steps_then_the_ordinary_loop(optimizer: str, loss_fn: Any, device: torch.device) -> None:
-    """The first step, which makes the optimizer's state, is PyTorch's own; so is the last here."""
+    """The first step is PyTorch's if it makes the optimizer's state. The last one is the ordinary loop's."""
     three = twins(network(device), OPTIMIZERS[optimizer])
     step = fusedmlp.TrainStep(three[0][0], loss_fn, three[0][1])
     for i in range(5):
@@ -122,7 +122,7 @@ def test_the_learning_rate_is_read_at_every_step(optimizer: str, device: torch.d
 
 
 def test_groups_of_parameters(device: torch.device) -> None:
-    """No weight decay for biases, another learning rate for the last layer."""
+    """Biases have no weight decay, except the last one, which has another learning rate."""
 
     def make(parameters: Any) -> torch.optim.Optimizer:
         p = list(parameters)
@@ -141,7 +141,7 @@ def test_groups_of_parameters(device: torch.device) -> None:
 
 
 def test_weights_that_somebody_else_changes(device: torch.device) -> None:
-    """Nothing is kept: not even what is rounded for products in half precision."""
+    """A step keeps no copy of the weights, not even the one rounded to half precision."""
     model = network(device)
     step = fusedmlp.TrainStep(
         model,
@@ -159,7 +159,7 @@ def test_weights_that_somebody_else_changes(device: torch.device) -> None:
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 @pytest.mark.parametrize("pixels", [True, False], ids=["uint8", "float"])
 def test_epochs(pixels: bool, optimizer: str, device: torch.device) -> None:
-    """Three of them, each with a short last batch, one with another learning rate."""
+    """Three epochs, each with a short last batch and another learning rate."""
     three = twins(network(device, flatten=True), OPTIMIZERS[optimizer])
     images = torch.randn(40, 4, 5, device=device)
     if pixels:
@@ -184,7 +184,7 @@ def test_epochs(pixels: bool, optimizer: str, device: torch.device) -> None:
 
 
 def test_an_epoch_goes_in_two_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All steps but the one that makes the optimizer's state."""
+    """Every step takes two launches, except the one that makes the optimizer's state."""
     from fusedmlp.kernels.train_step import step as kernels
 
     launched: list[tuple[int, int]] = []
@@ -208,7 +208,7 @@ def test_an_epoch_goes_in_two_launches(device: torch.device, monkeypatch: pytest
 
 
 def test_other_batch_sizes(device: torch.device) -> None:
-    """Smaller and larger ones, and steps in between, in whatever memory there is."""
+    """Epochs of smaller and larger batches, with single steps in between, match the loop."""
     three = twins(network(device), OPTIMIZERS["SGD"])
     x, y = batch(device, 40)
     step = fusedmlp.TrainStep(three[0][0], torch.nn.functional.cross_entropy, three[0][1])
@@ -224,13 +224,13 @@ def test_other_batch_sizes(device: torch.device) -> None:
 
 
 def test_what_a_step_leaves_behind(device: torch.device) -> None:
-    """No gradients; and autograd knows that the parameters are others now."""
+    """A step leaves no gradients, and autograd knows that the parameters have changed."""
     model = network(device)
     step = fusedmlp.TrainStep(
         model, torch.nn.functional.cross_entropy, OPTIMIZERS["plain SGD"](model.parameters())
     )
     x, y = batch(device)
-    # A graph that needs the weights, but none of their gradients: who holds those is stepped another way.
+    # This graph needs the weights but not their gradients, else the step would take another route.
     model.requires_grad_(False)
     later = model(x.clone().requires_grad_()).sum()
     model.requires_grad_(True)
@@ -321,8 +321,8 @@ def at_an_odd_place(model: torch.nn.Sequential) -> torch.nn.Sequential:
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_what_is_not_known_goes_as_in_the_loop(name: str, device: torch.device) -> None:
-    """With the same result, or the same error."""
+def test_unusual_arguments_take_the_ordinary_step(name: str, device: torch.device) -> None:
+    """The result or the error is the same as in the loop."""
     make, reason = UNUSUAL[name]
     given = dict(zip(("x", "y"), batch(device), strict=True)) | {"model": network(device)} | make(device)
     x, y, model = given["x"], given["y"], given["model"]
@@ -360,7 +360,7 @@ LISTENING: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", LISTENING)
-def test_who_listens_in_has_the_ordinary_step(name: str, device: torch.device) -> None:
+def test_hooks_and_modes_take_the_ordinary_step(name: str, device: torch.device) -> None:
     model, (x, y) = network(device), batch(device)
     step = fusedmlp.TrainStep(model, CROSS_ENTROPY, OPTIMIZERS["plain SGD"](model.parameters()))
     make, reason = LISTENING[name]
@@ -374,8 +374,8 @@ def test_who_listens_in_has_the_ordinary_step(name: str, device: torch.device) -
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_replayed_epochs_follow_what_changes(optimizer: str, device: torch.device) -> None:
-    """From the third epoch on a graph is replayed: another learning rate, other data in the same place, and
-    parameters that were loaded."""
+    """From the third epoch on a graph is replayed. It follows new learning rates, new data in the same memory
+    and loaded parameters."""
     three = twins(network(device), OPTIMIZERS[optimizer])
     x, y = batch(device, 100)
     step = fusedmlp.TrainStep(three[0][0], torch.nn.functional.cross_entropy, three[0][1])

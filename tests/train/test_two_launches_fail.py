@@ -1,4 +1,4 @@
-"""A step whose kernels fail is done another way: once, with one warning, and nothing is half updated."""
+"""If a kernel fails, the step is done once, another way, with one warning; nothing is half updated."""
 
 import copy
 import warnings
@@ -37,7 +37,7 @@ class Trained:
         self.step = fusedmlp.TrainStep(self.model, F.cross_entropy, self.optimizers[0])
 
     def loops(self, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-        """A step of PyTorch's loop in float32 and in float64: the losses."""
+        """Do a step of PyTorch's loop in float32 and in float64, and return the losses."""
         losses = []
         for model, optimizer in zip(self.models[1:], self.optimizers[1:], strict=True):
             optimizer.zero_grad()
@@ -65,7 +65,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 def trained(device: torch.device, optimizer: str = "SGD", steps: int = 1) -> Trained:
-    """After the first step, which makes the optimizer's state."""
+    """A model after its first steps, so that the optimizer has its state."""
     found = Trained(device, optimizer)
     for _ in range(steps):
         x, y = batch(device)
@@ -81,7 +81,7 @@ def batch(device: torch.device, rows: int = 12) -> tuple[torch.Tensor, torch.Ten
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors pass for a GPU's where the two-launch step looks; the plain step has no graph."""
+    """The two-launch step takes CPU tensors for a GPU's, and the ordinary step uses no CUDA graph."""
 
     def on(x: Any, device_type: str) -> bool:
         return isinstance(x, torch.Tensor)
@@ -146,7 +146,7 @@ def test_an_epoch_that_fails_goes_on_where_it_was(
 def test_both_lengths_of_batch_are_built_before_an_epoch(
     what: str, device: torch.device, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that what cannot be built fails before the first step."""
+    """A kernel that cannot be built thus fails before the first step."""
     twins = trained(device)
     images, labels = batch(device, 40)
     happened: list[tuple[str, int]] = []
@@ -185,7 +185,7 @@ def test_what_is_built_is_what_is_launched(
     assert len(launched) == 6
 
     def compiled(arguments: Any) -> tuple[Any, ...]:
-        """All that Triton may compile for; numbers that change with the step are not among that."""
+        """All that Triton may specialize a kernel for, without numbers that change from step to step."""
         kernel, grid, _, args, options = arguments
         kinds = [
             None if a is None else (a.data_ptr() % 16, a.dtype) if torch.is_tensor(a) else type(a)
@@ -208,13 +208,13 @@ def test_out_of_memory_is_raised(kernel: str, fail: Any, device: torch.device, a
     assert twins.step.explain(x, y).startswith("Two launches")
 
 
-def test_who_insists_on_the_kernels_is_told(fail: Any, device: torch.device) -> None:
-    """And nothing has changed."""
+def test_forced_kernels_that_fail_raise(fail: Any, device: torch.device) -> None:
+    """The parameters do not change."""
     twins = trained(device)
     fail(step, "_step_weights_kernel", ERRORS["shared memory"])
     before = [p.detach().clone() for p in twins.model.parameters()]
     x, y = batch(device)
-    for _ in range(2):  # it is tried again
+    for _ in range(2):  # the kernels are tried again
         with fusedmlp.backend("triton"), pytest.raises(KernelFailed, match="out of resource"):
             twins.step(x, y)
         with fusedmlp.backend("triton"), pytest.raises(KernelFailed, match="out of resource"):
@@ -226,7 +226,7 @@ def test_who_insists_on_the_kernels_is_told(fail: Any, device: torch.device) -> 
 def test_an_epoch_that_cannot_be_captured_goes_launch_by_launch(
     point: str, card: Card, device: torch.device, as_on_a_gpu: None
 ) -> None:
-    """Of the capture itself only: the epoch around it wants a GPU."""
+    """This tests only the capture, because the epoch around it needs a GPU."""
     twins = trained(device)
     two_launches = twins.step._two_launches
     card.fails_at = point

@@ -1,4 +1,4 @@
-"""Labels that are no class: whatever route a step takes, it trains on none, and an error names them."""
+"""On every route a label that is not a valid class raises an error that names it, and is not trained on."""
 
 import copy
 from typing import Any
@@ -29,7 +29,7 @@ def assert_equal(one: Any, two: Any) -> None:
 
 @pytest.fixture
 def step(request: pytest.FixtureRequest, device: torch.device) -> Any:
-    """In two launches, with an optimizer that has its state."""
+    """A TrainStep in two launches, with an optimizer that has its state."""
     model = network(device)
     made = fusedmlp.TrainStep(model, CROSS_ENTROPY, OPTIMIZERS[request.param](model.parameters()))
     with fusedmlp.backend("triton"):
@@ -50,7 +50,7 @@ def seeded(device: torch.device) -> torch.Generator:
     ("step", "wrong"), [*zip(KINDS, [5, -1, 2**40, 2**31], strict=True)], indirect=["step"]
 )
 def test_an_epoch_stops_before_the_label(step: Any, wrong: int, device: torch.device) -> None:
-    """Parameters, state and the optimizer's count are those before it, and training can go on."""
+    """Parameters and optimizer state are those before the wrong step, and training can go on."""
     x, y = data(device, 20)
     assert step.explain(x[:6], y[:6]).startswith("Two launches")
     order = torch.randperm(20, generator=seeded(device), device=device)
@@ -76,7 +76,7 @@ def test_an_epoch_stops_before_the_label(step: Any, wrong: int, device: torch.de
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("step", ["SGD, momentum", "Adam"], indirect=True)
-def test_a_step_counts_for_nothing(step: Any, device: torch.device) -> None:
+def test_a_step_with_a_wrong_label_changes_nothing(step: Any, device: torch.device) -> None:
     x, y = data(device, 6)
     before = everything(step._model, step._optimizer)
 
@@ -93,7 +93,7 @@ def test_a_step_counts_for_nothing(step: Any, device: torch.device) -> None:
 
 @pytest.mark.kernels
 def test_the_error_counts_the_steps_before_this_route(device: torch.device) -> None:
-    """The first step of Adam is PyTorch's own."""
+    """PyTorch runs the first step of Adam, and the error counts it."""
     model = network(device)
     step = fusedmlp.TrainStep(model, CROSS_ENTROPY, torch.optim.Adam(model.parameters()))
     x, y = data(device, 20)
@@ -108,7 +108,7 @@ def test_the_error_counts_the_steps_before_this_route(device: torch.device) -> N
 
 
 class Late(wrong_labels.Labels):
-    """On a GPU the record comes later: here, when ``here`` says so."""
+    """Delays the record as a GPU does, until ``here`` is true."""
 
     here = False
 
@@ -121,15 +121,15 @@ class Late(wrong_labels.Labels):
 
 @pytest.mark.kernels
 def test_a_record_that_comes_later() -> None:
-    """What is taken back are the steps from the wrong one on, and of optimizers as they were then."""
+    """The wrong step and all later ones are subtracted from the counts that those steps raised."""
     labels, record = Late(), torch.empty(1, dtype=torch.int64)
     wrong_labels.forget(record)
     old, new = [torch.tensor(40.0)], [torch.tensor(40.0)]
     for number in range(20):
         labels.look(record, 5, wait=False)
-        labels.wait_for(number, old if number < 19 else new)  # then a checkpoint was loaded
+        labels.wait_for(number, old if number < 19 else new)  # as if a checkpoint had been loaded
         if number == 17:
-            record.fill_(17 * 2**32 + 2**31 + 9)  # label 9 in step 17: not in the copy that is on its way
+            record.fill_(17 * 2**32 + 2**31 + 9)  # label 9 in step 17, recorded after the copy was made
     labels.here = True
     labels.look(record, 5, wait=False)
     assert [number for number, _ in labels._steps] == [16, 17, 18, 19]
@@ -146,7 +146,7 @@ def test_a_record_that_comes_later() -> None:
 @pytest.mark.kernels
 @pytest.mark.parametrize("step", ["SGD"], indirect=True)
 def test_another_route_waits_for_the_labels(step: Any, device: torch.device) -> None:
-    """Also other memory, which a longer batch needs."""
+    """So does a longer batch, which needs other memory."""
     x, y = data(device, 6)
     labels = step._two_launches._labels
     for call in (lambda: step(x.double().float().unsqueeze(0), y), lambda: step(*data(device, 9))):
@@ -161,7 +161,7 @@ def test_another_route_waits_for_the_labels(step: Any, device: torch.device) -> 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("epoch", [False, True])
-def test_on_the_cpu_it_is_torchs_error(name: str, wrong: int, epoch: bool) -> None:
+def test_on_the_cpu_pytorchs_error_is_raised(name: str, wrong: int, epoch: bool) -> None:
     twins = Twins(mlp(), OPTIMIZERS[name])
     twins.train(batches(2), "Direct")
     ((x, y),) = batches(1)
