@@ -22,7 +22,7 @@ from fusedmlp.dispatch.backend_choice import Biases, Weights, chosen
 from fusedmlp.dispatch.reference import relu_forward, watched
 from fusedmlp.torch_tools.patched import why_patched
 
-_Tensor, _tracing_state = torch.Tensor, torch._C._get_tracing_state  # by name, as small calls ask
+_Tensor, _tracing_state = torch.Tensor, torch._C._get_tracing_state  # bound once: small calls count
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _LEAST_PRODUCTS = 2_000_000  # multiplications per thread: below, its 10 us a call are more than it saves
 _LEAST_ROWS = 8  # with fewer, both wait for the weight to come from memory

@@ -36,7 +36,7 @@ def part(name: str, code: str, seconds: float = 10, lines: int = 1) -> Part:
 
 @pytest.fixture
 def go(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run parts for at most so many seconds, with the results in tmp_path / "out"."""
+    """Run parts for at most this many seconds, with the results in tmp_path / "out"."""
     monkeypatch.setattr(session, "GRACE", 2)
     monkeypatch.setattr(session, "FINISH", 3)
     (tmp_path / "out").mkdir()
