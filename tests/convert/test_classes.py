@@ -1,4 +1,4 @@
-"""fuse changes the classes of layers and nothing else, and unfuse gives them back."""
+"""fuse changes only the classes of layers, and unfuse restores them."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ def test_classes_change_and_nothing_else() -> None:
 
 
 class Empty(tnn.Module):
-    """With Sequentials that hold nothing, as shortcuts that are the identity are written."""
+    """A model with empty Sequentials, which many models use as identity shortcuts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Empty(tnn.Module):
 
 
 @pytest.mark.parametrize("make", [tnn.Sequential, Empty, tnn.Module, tnn.ModuleList])
-def test_what_is_empty(make: Callable[[], tnn.Module]) -> None:
+def test_empty_models_and_sequentials(make: Callable[[], tnn.Module]) -> None:
     model = make()
     plain, before = copy.deepcopy(model), state(model)
     fuse(model, verbose=True)
@@ -62,7 +62,7 @@ def test_what_is_empty(make: Callable[[], tnn.Module]) -> None:
 
 
 def test_a_fused_linear_is_called_linear() -> None:
-    """By tools that go by the name of its class; pickles find it all the same."""
+    """Tools that look at the class name see Linear, and pickles still find the fused class."""
     model = tnn.Sequential(Net(), tnn.LazyLinear(3))
     names = [type(module).__name__ for module in model.modules()]
     fuse(model)
@@ -86,7 +86,7 @@ def test_a_root_that_is_a_layer_itself() -> None:
         report([])  # type: ignore[arg-type]
 
 
-def test_on_a_copy() -> None:
+def test_fuse_and_unfuse_a_copy() -> None:
     model = Net()
     before = state(model)
     fused = fuse(model, inplace=False)
@@ -117,7 +117,7 @@ def test_sequentials_and_their_subclasses() -> None:
     fuse(model)
     assert type(model["own"]) is Residual
     assert report(model).sequentials == 2
-    # Linear+ReLU in plain, whatever the ReLU writes to; Linear+ReLU in sub; none in own.
+    # There is one pair in plain, although its ReLU works in place, one in sub and none in own.
     assert report(model).pairs == 2
     assert row(model, "own.0").reason == "its output goes to add"
     sub: Any = model["sub"]
@@ -136,7 +136,7 @@ def test_sequentials_and_their_subclasses() -> None:
         assert torch.equal(twin(torch.ones(2, 5)), sub(torch.ones(2, 5)))
         assert type(unfuse(twin)) is Blocks
     first, last = model["plain"][:1], fuse(Blocks(4))
-    last.__dict__.pop("_fused_from")  # as a slice of it would be
+    last.__dict__.pop("_fused_from")  # a slice of it has no such entry
     assert type(first) is nn.Sequential
     assert type(unfuse(last)) is Blocks
     assert "_fused_from" not in last.__dict__
@@ -152,7 +152,7 @@ def test_a_linear_in_several_places() -> None:
     assert row(model, "0.fc").status == "Linear only"
     second.code = first.code  # type: ignore[assignment]
     assert row(model, "0.fc").status == "pair in forward of Custom"
-    assert report(model).linears == 5  # fc of the first two is one, of the third another; three others
+    assert report(model).linears == 5  # the shared fc, the third model's fc, and each model's other
 
     class Loop(tnn.Module):
         """Runs the members of a Sequential one by one."""
@@ -171,7 +171,7 @@ def test_a_linear_in_several_places() -> None:
     assert type(fuse(Loop(True)).layers[0]) is nn.Linear
 
 
-def test_twice_is_once_and_a_changed_model_is_read_again() -> None:
+def test_fusing_again_changes_nothing_unless_the_model_changed() -> None:
     model = custom(lambda m, x: m.act(m.fc(x)))
     before = state(model)
     once = state(fuse(model))
@@ -239,7 +239,7 @@ def test_built_layers_become_torchs_own(capsys: pytest.CaptureFixture[str]) -> N
     assert type(ours.head[2][0]) is tnn.Linear
 
 
-def test_built_layers_that_torch_has_not() -> None:
+def test_built_layers_that_torch_does_not_have() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.LinearReLU(2, 2), nn.Sequential(nn.LinearReLU(2, 2)))
     parametrizations.weight_norm(model[1])
     before = state(model)

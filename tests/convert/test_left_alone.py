@@ -59,8 +59,8 @@ def test_layers_that_are_left_alone(kind: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("change", [prune.identity, tnn.utils.weight_norm, tnn.utils.spectral_norm])
-def test_old_reparametrizations_go_on(change: Any) -> None:
-    """They are forward pre-hooks of an ordinary Linear."""
+def test_old_reparametrizations_still_work(change: Any) -> None:
+    """Old reparametrizations are forward pre-hooks of an ordinary Linear."""
     models = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -86,7 +86,7 @@ def test_patched_forwards_and_modules_are_not_read() -> None:
 
 
 @pytest.mark.parametrize("name", ["__call__", "__iter__", "__reduce_ex__", "__init_subclass__"])
-def test_sequentials_that_run_otherwise_are_left_alone(name: str) -> None:
+def test_sequentials_with_special_methods_are_left_alone(name: str) -> None:
     def method(*arguments: Any, **keywords: Any) -> Any:
         raise ValueError
 

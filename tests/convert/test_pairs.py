@@ -1,4 +1,4 @@
-"""Which calls in a forward are a Linear and its ReLU, and which are not."""
+"""fuse finds the pairs of a Linear and its ReLU in a forward, and no others."""
 
 import copy
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def test_every_spelling_of_relu_is_a_pair(spelling: str) -> None:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_runs_as_one(
+def test_every_spelling_of_relu_is_fused(
     spelling: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = fuse(custom(SPELLINGS[spelling])).to(device)
@@ -73,7 +73,7 @@ def test_clamp_is_not_fused(spelling: str, device: torch.device, monkeypatch: py
 
 
 def gradient_at_the_edge(model: tnn.Module, device: torch.device) -> torch.Tensor:
-    """Of the bias, where the Linear's output is 0 or NaN: there relu and clamp_min(0) are not the same."""
+    """The bias's gradient where the Linear's output is 0 or NaN: relu and clamp_min(0) differ there."""
     model.zero_grad()
     with torch.no_grad():
         model.fc.bias.copy_(torch.tensor([0.0, -0.0, float("nan"), 1, -1]))
@@ -84,14 +84,14 @@ def gradient_at_the_edge(model: tnn.Module, device: torch.device) -> torch.Tenso
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("spelling", SPELLINGS | CLAMPS)
-def test_the_gradient_at_the_edge(spelling: str, device: torch.device) -> None:
+def test_the_gradient_where_the_output_is_zero_or_nan(spelling: str, device: torch.device) -> None:
     code = (SPELLINGS | CLAMPS)[spelling]
     plain, fused = custom(code), fuse(custom(code))
     assert torch.equal(gradient_at_the_edge(fused, device), gradient_at_the_edge(plain, device))
 
 
 @pytest.mark.kernels
-def test_relu_that_became_clamp_min_later_has_its_gradient(device: torch.device) -> None:
+def test_a_later_clamp_min_keeps_its_own_gradient(device: torch.device) -> None:
     gradients = []
     for fusing in (False, True):
         model = custom(lambda m, x: m.use(m.fc(x)), use=torch.relu)
@@ -174,7 +174,7 @@ ALONE: dict[str, tuple[Callable[[Any, torch.Tensor], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", ALONE)
-def test_pairs_that_are_none(case: str) -> None:
+def test_other_uses_are_no_pair(case: str) -> None:
     model = custom(ALONE[case][0])
     assert row(model, "fc").status == "Linear only"
     assert ALONE[case][1] in row(model, "fc").reason
@@ -183,7 +183,7 @@ def test_pairs_that_are_none(case: str) -> None:
     assert_same_bits(run(fused, torch.ones(4, 5)), run(model, torch.ones(4, 5)))
 
 
-def test_relu_modules_that_are_none() -> None:
+def test_modules_that_do_not_count_as_relu() -> None:
     odd = type("Odd", (tnn.ReLU,), {})()
     hooked = tnn.ReLU()
     hooked.register_forward_hook(lambda *a: None)
@@ -197,4 +197,4 @@ def test_relu_modules_that_are_none() -> None:
         model.act = act
         assert row(model, "fc").reason == reason
         in_sequential = report(tnn.Sequential(tnn.Linear(5, 5), act))
-        assert in_sequential.pairs == (type(act) is tnn.ReLU and act is not hooked)  # in place or not
+        assert in_sequential.pairs == (type(act) is tnn.ReLU and act is not hooked)  # in place is allowed

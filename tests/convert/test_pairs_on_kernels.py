@@ -1,4 +1,4 @@
-"""A pair in a forward runs as one on the kernels; whatever else uses the Linear is right, or raises."""
+"""The kernels compute a Linear and its ReLU together; other uses of its output are right or raise."""
 
 import copy
 import gc
@@ -33,7 +33,7 @@ def checkpointed(m: Any, z: torch.Tensor) -> torch.Tensor:
     return torch.utils.checkpoint.checkpoint(torch.tanh, z, use_reentrant=False)
 
 
-# What code may do with the output of the Linear once a flag is set that was not when fuse read it.
+# Other uses of the Linear's output. A flag turns them on after fuse has read the forward.
 DEVIATIONS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "arithmetic": lambda m, z: 2 * z + 1 - z / 3,
     "dropout": lambda m, z: F.dropout(z, 0.5),
@@ -129,7 +129,7 @@ def test_the_output_of_the_linear_is_used_after_its_relu(device: torch.device) -
 
 
 @pytest.mark.kernels
-def test_what_cannot_be_right_raises(device: torch.device) -> None:
+def test_uses_that_cannot_be_right_raise(device: torch.device) -> None:
     model = fuse(custom(flagged, flag=None, rectify=True).to(device))
     x = torch.randn(4, 5, device=device)
 
@@ -179,7 +179,7 @@ def test_what_cannot_be_right_raises(device: torch.device) -> None:
 
 
 @pytest.mark.kernels
-def test_settings_at_the_call_of_the_linear_count(device: torch.device) -> None:
+def test_settings_are_those_when_the_linear_is_called(device: torch.device) -> None:
     model = fuse(custom(lambda m, x: F.relu(m.fc(x))).to(device))
     x = torch.randn(4, 5, device=device)
     for use in (F.relu, torch.sin):
@@ -201,7 +201,7 @@ def test_settings_at_the_call_of_the_linear_count(device: torch.device) -> None:
         assert not y.requires_grad
         torch.testing.assert_close(y, expected)
         with fusedmlp.backend("triton"), torch.inference_mode():
-            inner = x.clone()  # an inference tensor: nobody can know later that it was changed
+            inner = x.clone()  # an inference tensor: a later change in place cannot be noticed
             z = model.fc(inner)
             inner.add_(1)
             torch.testing.assert_close(use(z), expected)
@@ -251,7 +251,7 @@ def test_hooks_before_and_after_fuse(watcher: str, when: str, which: str, device
 
 @pytest.mark.kernels
 def test_a_wrapped_forward_sees_tensors(device: torch.device) -> None:
-    """As accelerate wraps those of layers that it moves between devices."""
+    """accelerate wraps forwards like this to move layers between devices."""
     model = fuse(custom(lambda m, x: F.relu(m.fc(x))).to(device))
     inner, seen = model.fc.forward, []
     model.fc.forward = lambda x: (seen.append(inner(x)), seen[-1])[1]  # type: ignore[method-assign]
@@ -298,7 +298,7 @@ def test_a_whole_model_on_the_kernels(device: torch.device, monkeypatch: pytest.
     assert model.fc1.weight.grad is not None
 
 
-def test_fuse_brings_no_triton() -> None:
+def test_fuse_does_not_import_triton() -> None:
     code = (
         "import sys, torch, fusedmlp.convert\n"
         "before = set(sys.modules)\n"

@@ -1,4 +1,4 @@
-"""Reading a forward leaves nothing behind, whatever the forward does."""
+"""Reading a forward changes nothing, whatever the forward does."""
 
 import copy
 import random
@@ -91,7 +91,7 @@ def test_blocks_named_linear_are_read_and_odd_features_do_no_harm() -> None:
         assert report(type("OddLinear", (tnn.Module,), {"in_features": odd, "out_features": 5})()).rows == ()
 
 
-def test_deeper_containers_and_flags_are_left_and_exit_is_caught() -> None:
+def test_nested_containers_and_flags_stay_and_exit_is_caught() -> None:
     def deep(m: Any, x: torch.Tensor) -> Any:
         m.cache["a"]["b"] = 1
         m.fc.weight.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""fuse on models that nobody here wrote, with random weights: the same results, pairs counted by hand."""
+"""fuse on models of other packages, with random weights: same results, pairs as counted by hand."""
 
 import copy
 import importlib.util
@@ -46,7 +46,7 @@ def vgg_head() -> Any:
 
 
 def narrow(head: nn.Sequential, widths: dict[int, int]) -> nn.Sequential:
-    """The same layers with widths that Triton's interpreter gets through."""
+    """Make the layers narrow enough for Triton's interpreter, which is slow."""
     for i, layer in enumerate(head):
         if type(layer) is nn.Linear:
             sizes = layer.in_features, layer.out_features
@@ -191,19 +191,19 @@ MODELS: dict[str, tuple[Callable[[], Any], str, Callable[[], tuple[torch.Tensor,
     "ViT's block": (vit_block, "torchvision", features, 0, 2, 1),
     # the same with ReLU: Linear, ReLU, Dropout, Linear, Dropout
     "ViT's block with ReLU": (vit_relu_block, "torchvision", features, 1, 2, 1),
-    # linear1 before ReLU; linear2 and the attention's out_proj
+    # pair: linear1; other Linears: linear2 and the attention's out_proj
     "TransformerEncoderLayer": (encoder_layer, "torch", sequences, 1, 3, 0),
-    # 2 encoder layers of 3 Linears, 1 decoder layer with a second attention's out_proj: linear1 of each
+    # pairs: linear1 of 3 layers; Linears: 3 in each of 2 encoder layers, 4 in the decoder layer
     "Transformer": (transformer, "torch", two_sequences, 3, 10, 0),
-    # intermediate.dense of 3 layers; of each query, key, value, 2 outputs, intermediate; the pooler
+    # pairs: intermediate in 3 layers; Linears: query, key, value, 2 outputs, intermediate in each; pooler
     "BERT": (bert, "transformers", words, 3, 3 * 6 + 1, 0),
-    # fc1 of 2 layers; of each k, v, q, out, fc1, fc2; lm_head
+    # pairs: fc1 in 2 layers; Linears: k, v, q, out, fc1, fc2 in each; lm_head
     "OPT": (opt, "transformers", words, 2, 2 * 6 + 1, 0),
-    # wi of 2 encoder layers (q, k, v, o, wi, wo) and of 2 decoder layers (another q, k, v, o); lm_head
+    # pairs: wi in 4 layers; Linears: q, k, v, o, wi, wo in each, 4 more in 2 decoder ones; lm_head
     "T5": (t5, "transformers", words_and_labels, 4, 2 * 6 + 2 * 10 + 1, 0),
-    # fc1 of mlp_tokens and of mlp_channels in 2 blocks, fc1 and fc2 each; head; the blocks are a Sequential
+    # pairs: fc1 of 2 MLPs in each of 2 blocks; Linears: fc1, fc2 of each MLP; head. A Sequential of blocks
     "MLP-Mixer": (mixer, "timm", images, 4, 2 * 4 + 1, 1),
-    # fc1 of mlp_channels in 2 blocks; of each linear_tokens, fc1, fc2; head; the blocks are a Sequential
+    # pairs: fc1 in 2 blocks; Linears: linear_tokens, fc1, fc2 in each; head. A Sequential of blocks
     "ResMLP": (resmlp, "timm", images, 2, 2 * 3 + 1, 1),
 }
 
@@ -217,7 +217,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def outputs(model: Any, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    torch.manual_seed(2)  # the heads' dropout
+    torch.manual_seed(2)  # the heads use dropout
     if "T5" in type(model).__name__:
         results = model(input_ids=inputs[0], attention_mask=inputs[1], labels=inputs[2], use_cache=False)
     elif hasattr(model, "config"):
@@ -230,7 +230,7 @@ def outputs(model: Any, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
 
 
 def run(model: Any, inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    """All outputs and all gradients, also of inputs that can have one."""
+    """Return all outputs and all gradients, also those of floating-point inputs."""
     leaves = tuple(x.clone().requires_grad_(x.is_floating_point()) for x in inputs)
     model.zero_grad()
     ys = outputs(model, leaves)
@@ -241,7 +241,7 @@ def run(model: Any, inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]
 
 
 def test_the_same_model_after_fuse(name: str) -> None:
-    """Pairs as counted; outputs and gradients bit for bit; keys, parameters and checkpoints the same."""
+    """fuse finds the counted pairs; results are equal bit for bit, and keys and parameters stay the same."""
     make, _, make_inputs, pairs, linears, sequentials = MODELS[name]
     plain, inputs = make(), make_inputs()
     model = copy.deepcopy(plain)
@@ -278,10 +278,10 @@ def test_the_same_model_after_fuse(name: str) -> None:
 
 @pytest.mark.kernels
 def test_on_the_kernels(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs and gradients at most twice as wrong as PyTorch's, with every Linear on the kernels."""
+    """With every Linear on the kernels, errors are at most twice those of PyTorch."""
     make, _, make_inputs, _, _, _ = MODELS[name]
     plain = make().train().to(device)
-    for module in plain.modules():  # the heads' dropout has no seed that two devices and dtypes share
+    for module in plain.modules():  # dropout draws other numbers on another device or in another dtype
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     inputs = tuple(x.to(device) for x in make_inputs())
@@ -297,7 +297,7 @@ def test_on_the_kernels(name: str, device: torch.device, monkeypatch: pytest.Mon
     assert len(waited) == sum("forward of" in row.status for row in report(model).rows)
     assert ours.keys() == torchs.keys() == exact.keys()
     largest = max(t.abs().max().item() for t in exact.values())
-    # 0 but for rounding, as the gradient of attention's key bias is: softmax does not see that.
+    # These are 0 except for rounding, like the gradient of attention's key bias, which softmax cancels.
     zero = {what for what, tensor in exact.items() if tensor.abs().max() < 1e-15 * largest}
     assert all(ours[what].abs().max() < 1e-6 * largest for what in zero)
     names = [what for what in exact if what not in zero]

@@ -1,4 +1,4 @@
-"""A fused model trains, is copied, saved and compiled as the plain one."""
+"""A fused model can be trained, copied, saved and compiled like the plain one."""
 
 import copy
 import io
@@ -16,8 +16,8 @@ from fusedmlp.convert import fuse, report, unfuse
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_an_optimizer_made_before_goes_on(optimizer: Any) -> None:
-    """Plain, fused after step 3, and unfused again after step 6: one curve, bit for bit."""
+def test_an_optimizer_made_before_fuse_still_works(optimizer: Any) -> None:
+    """Fusing after step 3 and unfusing after step 6 changes no bit of the losses."""
     curves = []
     for fusing in (False, True):
         torch.manual_seed(5)
@@ -94,7 +94,7 @@ def test_functional_call_scripting_compiling_exporting() -> None:
     gradients = torch.func.vmap(torch.func.grad(lambda v: model(v).sum()))(x)
     torch.testing.assert_close(gradients, torch.func.vmap(torch.func.grad(lambda v: plain(v).sum()))(x))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch.jit, that it is old
+        warnings.simplefilter("ignore")  # torch.jit warns that it is deprecated
         assert torch.equal(torch.jit.trace(model, x)(x), plain(x))
         assert torch.equal(torch.jit.script(model)(x), plain(x))
         assert torch.equal(torch.jit.script(fuse(Blocks(3)))(x[:0]), torch.empty(0, 3))

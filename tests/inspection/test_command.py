@@ -1,4 +1,4 @@
-"""``python -m fusedmlp`` says what is here and verifies a chain."""
+"""``python -m fusedmlp`` prints the versions in use and verifies a chain."""
 
 import pathlib
 import subprocess
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> tuple[Any, str]:
-    """The exit status of ``python -m fusedmlp``, in this process, and what it printed."""
+    """Run ``python -m fusedmlp`` in this process, and return its exit status and output."""
     from fusedmlp import __main__
 
     monkeypatch.setattr(sys, "argv", ["fusedmlp", *arguments])
@@ -31,7 +31,7 @@ def command(
     return status, printed.out + printed.err
 
 
-def test_the_command_says_what_is_here_and_verifies() -> None:
+def test_the_command_prints_versions_and_verifies() -> None:
     arguments = ["--mlp", "20,10,3", "--batch", "5", "--dtype", "fp16"]
     run = subprocess.run(
         [sys.executable, "-m", "fusedmlp", *arguments], cwd=ROOT, capture_output=True, text=True

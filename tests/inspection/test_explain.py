@@ -1,4 +1,4 @@
-"""What explain says of a model, its layers and why they run as they do."""
+"""explain says which layers a model has, what runs them and why."""
 
 import json
 from typing import Any
@@ -38,7 +38,7 @@ from fusedmlp.inspection.explain import explain
     ],
     ids=["MLP", "Linear", "LinearReLU", "LinearReLU first", "final ReLU", "Dropout", "nested"],
 )
-def test_one_row_a_chain(model: tnn.Module, layers: Any, widths: Any, relus: Any) -> None:
+def test_one_row_per_chain(model: tnn.Module, layers: Any, widths: Any, relus: Any) -> None:
     explanation = explain(model, torch.randn(2, 3, 5))
     assert [row.layers for row in explanation.rows] == layers
     assert [row.widths for row in explanation.rows] == widths
@@ -106,7 +106,7 @@ def test_layers_that_are_not_fused_or_did_not_run() -> None:
     assert text.startswith("No fused layer ran.\n\n1 plain torch.nn.Linear layer, which")
 
 
-def test_a_compiled_model_says_what_is_the_compilers() -> None:
+def test_layers_that_torch_compile_runs() -> None:
     members = nn.MLP(5, [4], 3)
     model = torch.compile(members, backend="eager")
     explanation = explain(model, torch.randn(3, 5))
@@ -126,7 +126,7 @@ def test_a_compiled_model_says_what_is_the_compilers() -> None:
     ]
     assert "not counting the code that torch.compile makes" in " ".join(shown(explanation).split())
     assert not explain(nn.Linear(5, 3), torch.randn(3, 5)).compiled
-    members.compile(backend="eager")  # in place: the module stays what it is
+    members.compile(backend="eager")  # in place: the module keeps its class
     (row,) = explain(members, torch.randn(3, 5)).rows
     assert row.forward.backend == "torch.compile's own code"
 
@@ -141,7 +141,7 @@ class CallsReLU(tnn.Module):
 
 
 @pytest.mark.kernels
-def test_a_compiled_forward_that_calls_relu_is_the_compilers() -> None:
+def test_torch_compile_runs_a_pair_in_a_forward() -> None:
     model = fusedmlp.fuse(CallsReLU())
     compiled = torch.compile(model, backend="eager")
     route = compatibility.Route(True)
@@ -153,7 +153,7 @@ def test_a_compiled_forward_that_calls_relu_is_the_compilers() -> None:
     assert second.forward.backend == eagerly.forward.backend == "Triton kernels"
 
 
-def test_many_alike_and_long_texts_fit_the_terminal() -> None:
+def test_many_alike_layers_and_long_names_fit_the_terminal() -> None:
     blocks = [nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Dropout(), nn.Linear(7, 5)) for _ in range(12)]
     name = "a_name_of_a_module_that_is_longer_than_anybody_would_want_to_type_" + "x" * 60
     model = Holder(
@@ -188,7 +188,7 @@ def test_as_data() -> None:
     assert set(data) == {"rows", "layers_not_fused", "layers_not_run", "compiled"}
 
 
-def test_lazy_modules_become_what_they_shall_be() -> None:
+def test_lazy_modules_are_initialized() -> None:
     model = tnn.Sequential(tnn.LazyLinear(4), tnn.LazyBatchNorm1d(), nn.Linear(4, 2))
     assert explain(model, torch.randn(3, 5)).layers_not_fused == ("0",)
     assert model(torch.randn(3, 5)).shape == (3, 2)
@@ -209,7 +209,7 @@ def test_unusual_inputs() -> None:
     assert (row.device, row.forward.launches) == ("meta", ("linear",))
 
 
-def test_what_does_not_run() -> None:
+def test_models_that_cannot_run_raise() -> None:
     with pytest.raises(RuntimeError):
         explain(nn.Linear(5, 3), torch.randn(()))
     with (

@@ -22,12 +22,12 @@ def test_bytes_and_operators_by_hand() -> None:
     # linear 0: x 40, weight 20, bias 4, y 32: 96; relu: 32 + 32 = 64; linear 2: 32 + 12 + 24 = 68.
     assert row.forward.launches == ("linear", "relu", "linear")
     assert row.forward.bytes == 4 * (96 + 64 + 68) == 912
-    # Layer 2: its input's gradient from 24 and 12 to 32, its weight's from 24 and 32 to 12: 68 each.
+    # Layer 2: its input's gradient reads 24, 12, writes 32; its weight's reads 24, 32, writes 12: 68 each.
     # threshold_backward reads 32 and 32, writes 32: 96. Layer 0, weight: 32 + 40 + 20 = 92; sum: 32 + 4 = 36.
     assert row.backward is not None
     assert row.backward.launches == ("mm", "mm", "threshold_backward", "mm", "sum")
     assert row.backward.bytes == 4 * (68 + 68 + 96 + 92 + 36) == 1440
-    # With a gradient for x one product more: 32 + 20 + 40 = 92.
+    # The gradient of x takes one more product: 32 + 20 + 40 = 92.
     (row,) = explain(model, x.requires_grad_()).rows
     assert row.backward is not None
     assert row.backward.bytes == 1440 + 4 * 92
@@ -40,7 +40,7 @@ def test_bytes_and_operators_by_hand() -> None:
 
 
 def one_by_one(patch: pytest.MonkeyPatch) -> None:
-    """A launch for each layer, of narrow chains too."""
+    """Make narrow chains use one launch per layer too."""
     from fusedmlp.kernels import chain
 
     for launcher in ("narrow_forward", "narrow_backward"):
@@ -49,23 +49,24 @@ def one_by_one(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.kernels
 def test_bytes_of_a_narrow_chain_by_hand(device: torch.device) -> None:
-    """As above, with x and a final ReLU."""
+    """The same chain with a gradient for x and a final ReLU."""
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU()).to(device)
     with fusedmlp.backend("triton"):
         (row,) = explain(model, torch.randn(8, 5, device=device, requires_grad=True)).rows
     assert row.backward is not None
     assert row.forward.launches == ("narrow_forward",)
-    # x 40, weight 20, bias 4, y 32, kept for the backward; weight 12, bias 3, y 24.
+    # Layer 0: x 40, weight 20, bias 4, and y 32, kept for the backward. Layer 2: weight 12, bias 3, y 24.
     assert row.forward.bytes == 4 * (96 + 39) == 540
-    # 24 come in, weights 20 and 12, both y 32 and 24; gradients before the ReLUs 32 and 24, of biases 4 and
-    # 3, of x 40: 215. grad_weights: 24, 32 to 12: 68, and 32, 40 to 20: 92.
+    # narrow_backward reads the incoming gradient 24, weights 20 and 12, and outputs 32 and 24. It writes the
+    # gradients before the ReLUs 32 and 24, of the biases 4 and 3, and of x 40: 215 in all.
+    # grad_weights reads 24 and 32, writes 12: 68; then it reads 32 and 40, writes 20: 92.
     assert row.backward.launches == ("narrow_backward", "grad_weights")
     assert row.backward.bytes == 4 * (215 + 68 + 92) == 1500
 
 
 @pytest.mark.kernels
 def test_bytes_of_the_kernels_by_hand(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same, a launch for each layer."""
+    """The same chain with one launch per layer."""
     one_by_one(monkeypatch)
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU()).to(device)
     x = torch.randn(8, 5, device=device, requires_grad=True)
@@ -74,16 +75,16 @@ def test_bytes_of_the_kernels_by_hand(device: torch.device, monkeypatch: pytest.
     assert row.reason is None
     assert row.backward is not None
     assert row.forward.launches == ("linear_forward", "linear_forward")
-    # x 40, weight 20, bias 4, y 32; 32, 12, 3, 24. Unfused, relu takes 64 and 48 more.
+    # Layer 0: x 40, weight 20, bias 4, y 32. Layer 2: 32, 12, 3, 24. Unfused, relu moves 64 and 48 more.
     assert row.forward.bytes == 4 * (96 + 71) == 668
     assert row.forward.unfused_bytes == 668 + 4 * (64 + 48)
-    # relu_backward: 24, 24 to 24 and 3: 75. grad_input of layer 2: 24, 12 and the mask 32 to 32 and 4: 104;
-    # of layer 0: 32 and 20 to 40: 92. grad_weights: 24, 32 to 12: 68, and 32, 40 to 20: 92.
+    # relu_backward reads 24 and 24, writes 24 and 3: 75. grad_input of layer 2 reads 24, 12 and the mask 32,
+    # writes 32 and 4: 104; that of layer 0 reads 32 and 20, writes 40: 92. grad_weights is as above: 68, 92.
     assert Counter(row.backward.launches)["add_up"] <= 1
     assert row.backward.bytes == 4 * (75 + 104 + 92 + 68 + 92) == 1724
     # threshold_backward 72 and 96, sum 27 and 36, products 68, 68, 92, 92.
     assert row.backward.unfused_bytes == 4 * (72 + 96 + 27 + 36 + 2 * 68 + 2 * 92) == 2204
-    with fusedmlp.backend("triton"):  # and of many rows, every partial sum is written and read
+    with fusedmlp.backend("triton"):  # with many rows, partial sums are written and read too
         (many,) = explain(model, torch.randn(600, 5, device=device, requires_grad=True)).rows
     assert many.backward is not None
     assert "add_up" in many.backward.launches
@@ -91,14 +92,14 @@ def test_bytes_of_the_kernels_by_hand(device: torch.device, monkeypatch: pytest.
     model[2].requires_grad_(False)
     with fusedmlp.backend("triton"):
         (row,) = explain(model[:3], x).rows
-    # Without the last layer's gradients no sum of the rows that come in, only what goes on to layer 0.
+    # The last layer is frozen, so only its grad_input and the gradients of layer 0 and x are computed.
     assert row.backward is not None
     assert row.backward.bytes == 4 * (104 + 92 + 92) == 1152
 
 
 @contextlib.contextmanager
 def launched() -> Iterator[list[str]]:
-    """Names of the kernels that really are launched: on a GPU by Triton's hook, else in its interpreter."""
+    """Record the kernels that are really launched, on a GPU by Triton's hook, else in its interpreter."""
     import triton
     from triton.runtime.interpreter import GridExecutor
 
@@ -109,7 +110,7 @@ def launched() -> Iterator[list[str]]:
 
     if torch.cuda.is_available():
         hook = triton.knobs.runtime.launch_enter_hook
-        entered = lambda data: note(data.get()["name"])  # noqa: E731  it is removed again
+        entered = lambda data: note(data.get()["name"])  # noqa: E731  remove() needs this object
         hook.add(entered)
         try:
             yield names
@@ -129,7 +130,7 @@ def launched() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def operators() -> Iterator[list[tuple[str, tuple[tuple[int, ...], ...]]]]:
-    """Names of torch's operators that run on the CPU's side, with the shapes of what they are given."""
+    """Record PyTorch's operators that the CPU runs or launches, with the shapes of their inputs."""
     seen: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, acc_events=True
@@ -149,17 +150,17 @@ HARMLESS = {f"aten::{name}" for name in ("new_empty", "empty", "view", "as_strid
 @pytest.mark.thinned
 @pytest.mark.kernels
 @pytest.mark.parametrize("in_one", [False, True], ids=["one by one", "in one"])
-@pytest.mark.parametrize("rows", [7, 600])  # of 600, sums over rows are split
+@pytest.mark.parametrize("rows", [7, 600])  # with 600 rows, sums over rows are split
 @pytest.mark.parametrize(
     ("widths", "final_relu", "bias", "frozen", "need_x"),
     [
         ((5, 4, 3, 2), False, True, 0, False),
         ((5, 4, 3, 2), True, True, 0, False),
         ((5, 4, 3, 2), True, True, 0, True),
-        ((5, 4, 3, 2), False, True, 1, False),  # the first layer is frozen,
-        ((5, 4, 3, 2), False, True, 2, False),  # the first two,
-        ((5, 4, 3), True, True, 1, True),  # the first, but x needs its gradient
-        ((5, 4, 3), False, True, 2, True),  # all, but x does
+        ((5, 4, 3, 2), False, True, 1, False),  # the first layer is frozen
+        ((5, 4, 3, 2), False, True, 2, False),  # the first two layers are frozen
+        ((5, 4, 3), True, True, 1, True),  # the first layer is frozen, but x needs its gradient
+        ((5, 4, 3), False, True, 2, True),  # both layers are frozen, but x needs its gradient
         ((5, 4, 3), False, False, 0, True),
         ((5, 4, 3), True, False, 0, False),
         ((32, 16, 16), False, True, 0, False),
@@ -206,7 +207,7 @@ def test_launches_are_those_of_a_real_run(
     trained = L - frozen
     hidden = L - 1 if need_x else trained - 1
     of_activations = hidden + need_x + final_relu
-    if in_one and of_activations > 1:  # of one there is nothing to put together
+    if in_one and of_activations > 1:  # a single launch cannot be merged
         assert count.pop("narrow_backward") == 1
     else:
         assert count.pop("grad_input", 0) == hidden + need_x
@@ -214,13 +215,13 @@ def test_launches_are_those_of_a_real_run(
     assert count.pop("grad_weights", 0) == (trained > 0)
     assert count.pop("add_up", 0) <= 1
     assert not count
-    # Beside the launches nothing is computed on a tensor of so many rows: no mask, no sum, no product.
+    # Besides the kernels, nothing computes on a tensor with this many rows: no mask, no sum, no product.
     assert seen
     assert {name for name, shapes in seen if any(rows in shape for shape in shapes)} <= HARMLESS
 
 
 def test_operators_are_those_of_a_real_run() -> None:
-    """The same on PyTorch's operators: their names and how many."""
+    """On the CPU, explain names the operators of PyTorch that a real run calls, and counts them right."""
     ours = {"linear", "relu", "threshold_backward", "mm", "sum"}
     for need_x in (False, True):
         model, x = nn.MLP(5, [4, 3], 2), torch.randn(8, 5, requires_grad=need_x)
@@ -234,7 +235,7 @@ def test_operators_are_those_of_a_real_run() -> None:
         for events, launches in ((forward, row.forward.launches), (backward, row.backward.launches)):
             names = (name.removeprefix("aten::").rstrip("_") for name, _ in events)
             assert Counter(name for name in names if name in ours) == Counter(launches)
-        # The profiler sees what the kernels make superfluous.
+        # The profiler also sees threshold_backward, which the kernels make unnecessary.
         assert ("aten::threshold_backward", ((8, 4), (8, 4), ())) in backward
 
 

@@ -81,8 +81,8 @@ def test_everything_is_left_as_it_was(path: Any, fails: bool, device: torch.devi
     assert fusedmlp.dispatch.backend_choice.quiet()  # nothing is recorded any more
 
 
-def test_a_forward_before_it_can_still_go_backward() -> None:
-    """The statistics of a BatchNorm in eval mode are saved for its backward: their version counts."""
+def test_backward_still_works_for_an_earlier_forward() -> None:
+    """BatchNorm in eval mode saves its statistics for backward, so their version must not change."""
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
     y = model.eval()(torch.randn(8, 5))
     explain(model.train(), torch.randn(8, 5))

@@ -1,4 +1,4 @@
-"""``python -m fusedmlp``: the training step that it tries, and the file that a report of a problem needs."""
+"""``python -m fusedmlp`` checks a training step, and ``--report`` writes a file for reporting a problem."""
 
 import pathlib
 import subprocess
@@ -17,7 +17,7 @@ SMALL = ("--mlp", "20,10,3", "--batch", "5")
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
-    """The exit status of ``python -m fusedmlp``, in this process."""
+    """Run ``python -m fusedmlp`` in this process and return its exit status."""
     monkeypatch.setattr(sys, "argv", ["fusedmlp", *SMALL, *arguments])
     try:
         return __main__.main()
@@ -40,7 +40,7 @@ def test_a_report_has_what_a_maintainer_asks_for(tmp_path: pathlib.Path) -> None
     assert ("nvidia-smi does not run" in text) or ("driver_version" in text)
     assert "Does TrainStep train it accurately?\n\nright: the losses of 6 steps" in said
     if predicate.has_triton() and not torch.cuda.is_available():
-        assert "TRITON_INTERPRET=1" in text  # as conftest has set it
+        assert "TRITON_INTERPRET=1" in text  # conftest has set it
     assert run.stdout.endswith(f"is in {file}.\nRead it before you send it: it names folders of yours.\n")
 
 
@@ -58,8 +58,8 @@ sys.exit(__main__.main())
 """
 
 
-def test_what_fails_is_in_the_report(tmp_path: pathlib.Path) -> None:
-    """The traceback, the warnings, and all that had been said by then."""
+def test_a_failure_is_in_the_report(tmp_path: pathlib.Path) -> None:
+    """The report has the traceback, the warnings and everything printed before the failure."""
     file = tmp_path / "problem.txt"
     command = [sys.executable, "-c", BROKEN, *SMALL]
     run = subprocess.run([*command, "--report", str(file)], capture_output=True, text=True)
@@ -70,11 +70,11 @@ def test_what_fails_is_in_the_report(tmp_path: pathlib.Path) -> None:
         assert "a kernel is slow today" in text
         assert "2 layers in 1 chain" in text
     assert file.read_text().endswith("exit status 1\n")
-    run = subprocess.run(command, capture_output=True, text=True)  # which raises it
+    run = subprocess.run(command, capture_output=True, text=True)  # without --report, the error is raised
     assert run.stderr.endswith("RuntimeError: the kernel is broken\n")
 
 
-def test_a_wrong_training_step_is_told(
+def test_a_wrong_training_step_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call = fusedmlp.TrainStep.__call__

@@ -1,4 +1,4 @@
-"""verify: what it takes and what it raises, and that it leaves everything as it was."""
+"""verify accepts models of many kinds, raises the errors of the plain model and changes nothing."""
 
 import contextlib
 import json
@@ -30,12 +30,12 @@ def test_modes_of_the_caller(capsys: pytest.CaptureFixture[str]) -> None:
         assert result
         assert len(result.rows) == 6
         assert capsys.readouterr().out == f"{result}\n"
-    assert result.rows[0].torchs_error > 1e-4  # of bfloat16: autocast was on
+    assert result.rows[0].torchs_error > 1e-4  # the error of bfloat16: autocast was on
     with torch.inference_mode():
         result = verify(nn.MLP(5, [4], 3), torch.randn(6, 5), verbose=False)
     assert result
     assert [row.name for row in result.rows] == ["output"]
-    with torch.device("meta"):  # what is made here without a word about where is made there
+    with torch.device("meta"):  # new tensors are on meta unless a device is named
         assert verify(model, x, verbose=False)
     with fusedmlp.backend("torch"):
         assert "The caller chose backend('torch')." in " ".join(
@@ -82,7 +82,7 @@ def test_compiled_and_distributed(tmp_path: pathlib.Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_what_the_plain_model_raises_comes_through() -> None:
+def test_errors_of_the_plain_model_are_raised() -> None:
     model, x = nn.MLP(5, [4], 3), torch.randn(6, 5)
     with pytest.raises(TypeError, match=r"verify takes a torch\.nn\.Module, not function"):
         verify(shown, x)  # type: ignore[arg-type]
@@ -161,7 +161,7 @@ def test_hooks_and_optimizers_in_backward_do_not_step() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
-def test_lazy_modules_become_what_they_shall_be() -> None:
+def test_lazy_modules_are_initialized() -> None:
     model = tnn.Sequential(tnn.LazyLinear(4), tnn.LazyBatchNorm1d(), nn.LinearReLU(4, 2))
     result = verify(model, torch.randn(3, 5), verbose=False)
     assert result
@@ -170,7 +170,7 @@ def test_lazy_modules_become_what_they_shall_be() -> None:
     assert model[1].num_batches_tracked == 0
 
 
-def test_how_much_is_frozen() -> None:
+def test_which_leaves_are_frozen() -> None:
     few = ["x", "a", "b", "c"]
     assert len(verify_module._settings(few, frozenset(few[1:]))) == 2**4
     for count in (6, 7, 30, 500):

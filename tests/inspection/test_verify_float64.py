@@ -1,4 +1,4 @@
-"""verify compares with float64 where that can be done, and says where not."""
+"""verify compares with float64 where it can, and says where it cannot."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ class Uncopied(nn.MLP):
         raise NotImplementedError("as planned")
 
 
-def test_without_float64_what_differs_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_difference_without_float64_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Uncopied(5, [4], 3), torch.randn(6, 5)
     why = "Not compared with float64, which raises NotImplementedError: as planned"
     result = verify(model, x, verbose=False)
@@ -30,7 +30,7 @@ def test_without_float64_what_differs_is_unknown(monkeypatch: pytest.MonkeyPatch
     assert (result.notes, result.failures) == ((why,), ())
     forward = reference.mlp_forward
     monkeypatch.setattr(reference, "mlp_forward", lambda *args: [y * (1 + 1e-6) for y in forward(*args)])
-    # Inside the chain of a subclass the plain model is on our own operators too: make them differ.
+    # The plain model uses our own operators too in a subclass of MLP, so make every second run differ.
     monkeypatch.setattr(verify_runs, "_on_torch_nn", lambda model: fusedmlp.backend("torch"))
     runs = iter(range(10**6))
     monkeypatch.setattr(
@@ -44,7 +44,7 @@ def test_without_float64_what_differs_is_unknown(monkeypatch: pytest.MonkeyPatch
 
 
 def test_float64_is_float64_throughout() -> None:
-    """Casts, constants and factories of less in a forward: the copy computes in float64 all the same."""
+    """The copy computes in float64 even if the forward casts to, or creates, less precise tensors."""
     constant = torch.randn(3)
 
     def code(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ def test_float64_is_float64_throughout() -> None:
     result = verify(Holder(code, fc=nn.Linear(5, 3)), torch.randn(6, 5), verbose=False)
     assert result
     assert not result.notes
-    assert 1e-6 < result.rows[0].torchs_error < 1e-2  # that of float16, which float64 has not made
+    assert 1e-6 < result.rows[0].torchs_error < 1e-2  # float64 does not make the error of float16
 
 
 DRAWING: dict[str, Callable[[], tnn.Module]] = {
@@ -67,7 +67,7 @@ DRAWING: dict[str, Callable[[], tnn.Module]] = {
 
 @pytest.mark.parametrize("path", ["auto", pytest.param("triton", marks=pytest.mark.kernels)])
 @pytest.mark.parametrize("name", DRAWING)
-def test_what_draws_random_numbers_is_not_compared_with_float64(
+def test_models_that_draw_random_numbers_are_not_compared_with_float64(
     name: str, path: Any, x: torch.Tensor
 ) -> None:
     model = DRAWING[name]().to(x.device)
@@ -77,7 +77,7 @@ def test_what_draws_random_numbers_is_not_compared_with_float64(
         result = verify(model, x, verbose=False)
     state.check()
     shown(result)
-    # Right is what has the same bits as PyTorch; of anything else nothing is known.
+    # A result with the same bits as PyTorch's is right; any other is unknown.
     assert {row.verdict for row in result.rows} <= {"right", "unknown"}
     assert all(row.verdict == ("right" if row.error == 0 else "unknown") for row in result.rows)
     assert bool(result) == ("unknown" not in verdicts(result).values())
@@ -104,7 +104,7 @@ def test_random_numbers_and_a_difference_are_never_right(monkeypatch: pytest.Mon
     assert "call model.eval() first." in " ".join(str(result).split())
 
 
-def test_what_is_not_deterministic_is_said_to_be() -> None:
+def test_a_model_that_is_not_deterministic_is_noted() -> None:
     numbers = np.random.default_rng()
     model = Holder(lambda self, x: self.fc(x) * numbers.random(), fc=nn.Linear(5, 3))
     result = verify(model, torch.randn(6, 5), verbose=False)

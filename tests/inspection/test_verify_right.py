@@ -1,4 +1,4 @@
-"""verify is true of models that are right."""
+"""The result of verify is true for models that are right."""
 
 import random
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def nested(self: Any, x: torch.Tensor) -> Any:
 
 
 def restless(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """Draws random numbers, but not PyTorch's; and calls an operator that would draw those if it trained."""
+    """Draw random numbers of Python and NumPy, but none of PyTorch: rrelu draws them only in training."""
     y: torch.Tensor = self.fc(x + random.random())
     return F.rrelu(y.detach(), training=False) + y * np.random.rand()
 
@@ -119,7 +119,7 @@ def test_right(name: str, route: Route, device: torch.device) -> None:
     assert [check.name for check in result.checks] == [*CHECKS, "nothing written to"]
     assert {check.verdict for check in result.checks} == {"right"}
     for row in result.rows:
-        # A tenth of a part in a thousand: float64 has seen the same random numbers.
+        # The error is this small only if the float64 run drew the same random numbers.
         assert row.torchs_error < 1e-4 or "16" in name or "BatchNorm" in name or "lazy" in name, row
     wanted = {f"gradient of {key}" for key, p in model.named_parameters() if p.requires_grad}
     wanted |= {"gradient of x" + {"nested output, keywords": "['x']", "a loss": "[0]"}.get(name, "")}

@@ -1,4 +1,4 @@
-"""verify is false of each kind of wrong and says where it is, but not of a gradient that jumps."""
+"""verify finds each kind of error and says where it is, but accepts a gradient that jumps at 0."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def scaled(backward: Backward) -> Backward:
 
 
 def without_bias(backward: Backward) -> Backward:
-    """As xformers had it: what is needed is asked of x alone."""
+    """A bug of xformers: the bias gets its gradient only if x needs one."""
 
     def wrong(*args: Any) -> Any:
         grad_x, weights, biases = backward(*args)
@@ -39,7 +39,7 @@ def without_bias(backward: Backward) -> Backward:
 
 
 def greater_or_equal(backward: Backward) -> Backward:
-    """The mask of xformers and flash-attention, which lets everything through."""
+    """A bug of xformers and flash-attention: the mask is >= 0, so every gradient passes."""
 
     def wrong(grad: torch.Tensor, activations: Any, *args: Any) -> Any:
         return reference.mlp_backward(grad, [a if a is None else a.abs() + 1 for a in activations], *args)
@@ -62,7 +62,7 @@ def in_place(backward: Backward) -> Backward:
 
 
 def into_the_saved(backward: Backward) -> Backward:
-    """Liger's SwiGLU: gradients are written over what was saved, past autograd's eyes."""
+    """A bug of Liger's SwiGLU: gradients overwrite saved tensors, and autograd does not notice."""
 
     def wrong(grad: torch.Tensor, activations: Any, *args: Any) -> Any:
         results = backward(grad, activations, *args)
@@ -75,9 +75,9 @@ def into_the_saved(backward: Backward) -> Backward:
 
 
 def adding_up(backward: Backward) -> Backward:
-    """Into buffers that are kept: the second gradient is the sum of both."""
+    """Gradients are added into buffers that are kept, so the second one is the sum of both."""
     kept: dict[tuple[int, ...], Any] = {}
-    alive = []  # or another forward pass would get the same addresses
+    alive = []  # otherwise another forward pass could get the same addresses
 
     def wrong(grad: torch.Tensor, activations: Any, *args: Any) -> Any:
         results = backward(grad, activations, *args)
@@ -103,7 +103,7 @@ def as_if_contiguous(backward: Backward) -> Backward:
 
 
 def one_number(backward: Backward) -> Backward:
-    """A gradient of stride 0 is not expanded, as apex's FusedDense has it."""
+    """A bug of apex's FusedDense: a gradient of stride 0 is not expanded."""
 
     def wrong(grad: torch.Tensor, *args: Any) -> Any:
         return backward(grad.new_zeros(grad.shape) if 0 in grad.stride() else grad, *args)
@@ -135,7 +135,7 @@ def raises_without_x(backward: Backward) -> Backward:
     return wrong
 
 
-# What is done to the kernels' backward -> where it must be found
+# how the kernels' backward is broken -> the results and checks that must be WRONG
 WRONG_BACKWARD: dict[Callable[[Backward], Backward], set[str]] = {
     scaled: {"gradient of 0.weight", "gradient of 2.weight", *CHECKS[:4]},
     without_bias: {"frozen parameters"},
@@ -155,7 +155,7 @@ def model(device: torch.device) -> tnn.Module:
 
 
 def verified(model: tnn.Module, x: Any) -> Verification:
-    """On the kernels; all is put back, whatever went wrong."""
+    """Run verify on the kernels, and check that it changes nothing."""
     state = State(model, x)
     with fusedmlp.backend("triton"):
         result = verify(model, x, verbose=False)
@@ -204,7 +204,7 @@ def test_an_error_of_the_fused_model_is_a_result(
     assert shown(result).startswith("WRONG: it is not known on what the fused layers run.")
 
     def interrupted(*args: Any) -> Any:
-        if not all(args[6]) and not explaining():  # in the middle of it, as part of the model is frozen
+        if not all(args[6]) and not explaining():  # in a later run, with part of the model frozen
             raise KeyboardInterrupt
         return reference.mlp_backward(*args)
 
@@ -273,7 +273,7 @@ def test_wrong_forward_is_found(
 
 
 def test_wrong_chains_are_found_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain is torch.nn itself, not our own operators."""
+    """verify compares with torch.nn itself, so errors of our own operators are found too."""
     model, x = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU()), torch.randn(6, 5)
     assert verify(model, x, verbose=False)
     run = nn._run
@@ -299,7 +299,7 @@ def test_wrong_chains_are_found_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_gradient_that_jumps_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ReLU's input may be 0 but for rounding: on which side it falls depends on the order of the sum."""
+    """If a ReLU's input is 0 except for rounding, the order of the sum decides its sign."""
 
     def backwards(x: torch.Tensor, weights: Any, biases: Any, final_relu: bool, keep: int) -> Any:
         y = F.linear(x.flip(-1), weights[0].flip(-1), biases[0]).relu()
@@ -324,4 +324,4 @@ def test_a_gradient_that_jumps_is_no_error(monkeypatch: pytest.MonkeyPatch) -> N
             result = verify(model, x, verbose=False)
             differ, wanted = differ + 1, wanted + bool(looks)
             assert result, f"{seed}: {result}"
-    assert differ >= wanted > 1  # PyTorch is on the wrong side at times, and then ours is right at once
+    assert differ >= wanted > 1  # if only PyTorch has the wrong sign, verify need not look nearby

@@ -1,4 +1,4 @@
-"""Models that the tests of fuse and unfuse convert, and what they compare of them."""
+"""Models for the tests of fuse and unfuse, and helpers that compare them."""
 
 import contextlib
 import copy
@@ -16,7 +16,7 @@ from fusedmlp.convert import Row, pending_relu, report, unfuse
 
 
 class Net(tnn.Module):
-    """fc1 and ReLU in the forward, then a Sequential with a pair of its own."""
+    """The forward calls fc1 and ReLU, then a Sequential that holds another pair."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Net(tnn.Module):
 
 
 class Custom(tnn.Module):
-    """fc, act and whatever a test wants its forward to be."""
+    """A model with fc, other and act, whose forward is the function that a test passes."""
 
     def __init__(self, inplace: bool = False, **attributes: Any) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Custom(tnn.Module):
 
 
 class Blocks(tnn.Sequential):
-    """A Sequential subclass without its own forward, as torchvision's are."""
+    """A Sequential subclass without its own forward, like those of torchvision."""
 
     def __init__(self, width: int) -> None:
         super().__init__(tnn.Linear(5, width), tnn.ReLU(), tnn.Linear(width, 3))
@@ -49,7 +49,7 @@ class Blocks(tnn.Sequential):
 
 
 class Reverse(torch.autograd.Function):
-    """As domain adaptation uses it: forward gives back what it is given."""
+    """Reverse the gradient, as in domain adaptation; forward returns its input itself."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def state(model: tnn.Module) -> Any:
 
 
 def run(model: tnn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """Output and all gradients."""
+    """Return the output and all gradients."""
     leaf = x.clone().requires_grad_()
     torch.manual_seed(7)
     model.zero_grad()
@@ -110,7 +110,7 @@ def assert_same_bits(ours: list[torch.Tensor], torchs: list[torch.Tensor]) -> No
 
 @contextlib.contextmanager
 def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Counts the pairs of a forward that run as one."""
+    """Collect a 1 for each Linear in a forward that the kernels compute together with its ReLU."""
     calls: list[int] = []
     output = pending_relu._DeferredOutput
     of = output.of
@@ -122,7 +122,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def assert_right_on_kernels(
     model: tnn.Module, x: torch.Tensor, runner: Callable[..., list[torch.Tensor]] = run
 ) -> list[torch.Tensor]:
-    """Of a fused model under backend("triton"), against the same model unfused and in float64."""
+    """Compare a fused model under backend("triton") with the same model unfused and in float64."""
     plain = unfuse(model, inplace=False)
     exact = runner(copy.deepcopy(plain).double(), x.double())
     torchs = runner(plain, x)

@@ -1,4 +1,4 @@
-"""Models that the tests of explain and verify look into, and what they compare of them."""
+"""Models for the tests of explain and verify, and helpers that compare states and results."""
 
 import random
 from collections.abc import Callable
@@ -26,7 +26,7 @@ CHECKS = [
 
 
 class Holder(tnn.Module):
-    """A model whose forward is what a test wants it to be."""
+    """A model whose forward is the function that a test passes."""
 
     def __init__(self, forward: Callable[..., Any], **members: Any) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Holder(tnn.Module):
 
 
 class Foreign(tnn.Module):
-    """As others write them: the ReLU is in the forward."""
+    """A model without fusedmlp, which calls ReLU in its forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Foreign(tnn.Module):
 
 
 class State:
-    """All that verify must not change, to compare."""
+    """Everything that verify must not change; check() compares it with the start."""
 
     def __init__(self, model: tnn.Module, x: Any = None) -> None:
         self.model, self.x = model, x
@@ -92,7 +92,7 @@ class State:
 
 
 def shown(result: Explanation | Verification) -> str:
-    """The printed form, which fits a terminal."""
+    """Return the printed form, and check that it fits a terminal."""
     text = str(result)
     assert max(map(len, text.splitlines())) <= 80, text
     assert "\t" not in text
