@@ -147,15 +147,16 @@ def _loss_of(loss_fn: Any) -> str:
         name = getattr(loss_fn, "__name__", kind.__name__)
         return f"The loss is {name}, neither cross-entropy nor the mean squared error."
     own = loss_fn.__dict__
-    if (
-        not nn._unobserved(loss_fn, _FORWARDS)
-        or own["reduction"] != "mean"
-        or own.get("ignore_index", -100) != -100
-        or own.get("label_smoothing", 0) != 0
-        or own["_buffers"].get("weight") is not None
-        or own["_parameters"]
-        or "weight" in own
-    ):
+    usual = nn._unobserved(loss_fn, _FORWARDS) and own.get("reduction") == "mean"
+    if kind is CrossEntropyLoss:
+        usual = (
+            usual
+            and own.get("ignore_index") == -100
+            and own.get("label_smoothing") == 0
+            and own["_buffers"].get("weight", loss_fn) is None  # neither set nor deleted
+            and "weight" not in own
+        )
+    if not usual:
         return f"The {kind.__name__} has a reduction other than the mean, weights, another option or a hook."
     return "cross_entropy" if kind is CrossEntropyLoss else "mse"
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from converted import Blocks, Net, assert_same_bits, custom, row, run, state
+from converted import Blocks, assert_same_bits, custom, row, run, state
+from networks import Net
 from torch import nn as tnn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from converted import Blocks, Net, assert_same_bits, row, run
+from converted import Blocks, assert_same_bits, row, run
+from networks import Net
 from torch import nn as tnn
 from torch.nn.utils import parametrizations, prune
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from converted import Clipped, Net, Reverse, assert_right_on_kernels, custom, row, run, spied
+from converted import Clipped, Reverse, assert_right_on_kernels, custom, row, run, spied
+from networks import Net
 from torch import nn as tnn
 from torch.nn import functional as F
 

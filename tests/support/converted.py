@@ -9,22 +9,9 @@ import pytest
 import torch
 from oracle import assert_right
 from torch import nn as tnn
-from torch.nn import functional as F
 
 import fusedmlp
 from fusedmlp.convert import Row, pending_relu, report, unfuse
-
-
-class Net(tnn.Module):
-    """The forward calls fc1 and ReLU, then a Sequential that holds another pair."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = tnn.Linear(5, 6)
-        self.tail = tnn.Sequential(tnn.Linear(6, 4), tnn.ReLU(), tnn.Linear(4, 3))
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.tail(F.relu(self.fc1(x)))
 
 
 class Custom(tnn.Module):

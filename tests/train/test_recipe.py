@@ -143,6 +143,16 @@ def test_losses_without_a_direct_route(name: str) -> None:
     twins.assert_same()
 
 
+@pytest.mark.parametrize("name", ["weight", "ignore_index", "label_smoothing", "reduction"])
+def test_a_loss_without_one_of_its_attributes_raises_as_in_the_loop(name: str) -> None:
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    delattr(loss_fn, name)
+    step = fusedmlp.TrainStep(model, loss_fn, SGD(model.parameters()))
+    ((x, y),) = batches(1)
+    with pytest.raises(AttributeError, match=name):
+        step(x, y)
+
+
 def test_weights_that_a_loss_is_given_later() -> None:
     twins = Twins(mlp(), SGD, nn.CrossEntropyLoss())
     twins.train(batches(1), "Direct")
